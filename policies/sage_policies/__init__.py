@@ -1,0 +1,1 @@
+"""Scheduling policies: admit, order, route, limit, predict, and the presets made of them."""

@@ -1,0 +1,1 @@
+"""Composition root: command line, Hydra app, loads, metrics, figures and reports."""

@@ -1,0 +1,1 @@
+"""A run on disk: Parquet tables, the log and the manifest."""

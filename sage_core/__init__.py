@@ -1,0 +1,1 @@
+"""The sans-I/O core: words, native operators, and the control plane. No clock, no sockets, no threads, no randomness."""

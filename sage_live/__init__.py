@@ -1,0 +1,1 @@
+"""The live half: asyncio driver, gateway and engine adapters. It is not built yet; see ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""Simulation: the SimPy driver, simulated devices and their calibrated profiles."""
