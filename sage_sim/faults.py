@@ -1,0 +1,28 @@
+"""Things that go wrong at a stated time; faults are just events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sage_core.errors import ConfigError
+
+KINDS = ("crash", "drain")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """``crash``: the device dies with all it holds. ``drain``: it finishes what it has and leaves.
+
+    With ``restart_after_s`` its replicas come back, empty and under new ids, that long after the fault.
+    """
+
+    at_s: float
+    device: int
+    kind: str = "crash"
+    restart_after_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"fault.kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not 0 <= self.at_s < float("inf") or (self.restart_after_s is not None and not self.restart_after_s >= 0):
+            raise ConfigError(f"fault: at_s and restart_after_s must be seconds from 0, got {self!r}")

@@ -1,0 +1,46 @@
+"""The way between the plane and its replicas, in nanoseconds each way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sage_core.errors import ConfigError
+from sage_core.units import Nanos, seconds
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """One-way delay: ``delay_s`` plus a uniform share of ``jitter_s``. Messages on one way are never reordered."""
+
+    delay_s: float = 0.0002
+    jitter_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("delay_s", "jitter_s"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"network.{name}: expected seconds from 0, got {value!r}")
+
+
+class Way:
+    """One direction of one link, as TCP gives it: first in, first out."""
+
+    def __init__(self, config: NetworkConfig, random: np.random.Generator) -> None:
+        self._delay = seconds(config.delay_s)
+        self._jitter = seconds(config.jitter_s)
+        self._random = random
+        self._drawn: list[int] = []
+        self._last = 0
+
+    def arrives_at(self, now: int) -> Nanos:
+        """When a message sent now arrives."""
+        if not self._jitter:
+            return Nanos(now + self._delay)
+        if not self._drawn:
+            self._drawn = self._random.integers(0, self._jitter + 1, size=_CHUNK).tolist()
+        self._last = max(self._last, now + self._delay + self._drawn.pop())
+        return Nanos(self._last)
