@@ -1,0 +1,68 @@
+"""How long one iteration takes: integer picoseconds, linear in a few sums over the batch.
+
+Separate forms for decode, prefill and mixed iterations, because one joint linear fit is not enough (the errors are in
+the profiles). With ``seqs`` decoding sequences of ``kv_tokens`` context tokens in all, and prefill chunks of p tokens
+on top of ctx already computed, ``P = sum p`` and ``A2 = sum p * (2 * ctx + p)`` (twice the attended token pairs):
+
+* decode   ``decode_base + decode_seq * seqs + decode_kv * kv_tokens``
+* prefill  ``max(prefill_floor, prefill_base + prefill_token * P + prefill_attn * A2 / 2)``
+* mixed    prefill ``+ (decode_seq * seqs + decode_kv * kv_tokens) * mixed_permille / 1000``
+* an embedding batch is a prefill of its (padded) tokens.
+
+``overhead`` is added to each, divisions round down, and nothing takes less than one picosecond. Integers make the sum
+of k decode iterations an exact arithmetic series, which is what lets the native engine jump. ``IterationTime`` in
+``native/include/sage/engine.hpp`` is its twin; another law of iteration time (a table) goes in these two places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from sage_core.errors import ConfigError
+
+COEFFICIENT_MAX = 10**15
+"""Largest accepted coefficient (ps): 1,000 s. Keeps products far from the limits of the native integers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationTime:
+    """Coefficients in integer picoseconds (ps, ps per sequence, ps per token, ps per token pair), all from 0.
+
+    The ``decode_*`` and ``mixed_permille`` figures mean nothing for an embedding engine. Raises ConfigError.
+    """
+
+    decode_base: int = 1
+    decode_seq: int = 0
+    decode_kv: int = 0
+    prefill_floor: int = 0
+    prefill_base: int = 0
+    prefill_token: int = 0
+    prefill_attn: int = 0
+    mixed_permille: int = 1000
+    overhead: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 1 if field.name == "decode_base" else 0
+            if type(value) is not int or not least <= value <= COEFFICIENT_MAX:
+                raise ConfigError(
+                    f"iteration time: {field.name}: expected a whole number from {least} to {COEFFICIENT_MAX}, got {value!r}"
+                )
+
+    def iteration_ps(self, seqs: int, kv_tokens: int, prefill_tokens: int, attention2: int) -> int:
+        """Duration of an LLM iteration over ``seqs`` decodes and ``prefill_tokens`` (P) with ``attention2`` (A2)."""
+        decode = self.decode_seq * seqs + self.decode_kv * kv_tokens
+        if prefill_tokens == 0:
+            return self.overhead + self.decode_base + decode
+        return max(
+            1, self.overhead + self._prefill_ps(prefill_tokens, attention2) + decode * self.mixed_permille // 1000
+        )
+
+    def batch_ps(self, tokens: int, attention2: int) -> int:
+        """Duration of an embedding batch of ``tokens`` (padding included) with ``attention2`` (A2)."""
+        return max(1, self.overhead + self._prefill_ps(tokens, attention2))
+
+    def _prefill_ps(self, tokens: int, attention2: int) -> int:
+        line = self.prefill_base + self.prefill_token * tokens + self.prefill_attn * attention2 // 2
+        return max(self.prefill_floor, line)
