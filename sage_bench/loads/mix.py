@@ -1,0 +1,221 @@
+"""From columns to arrivals: requests are drawn, merged and numbered in arrays, and become objects only when yielded.
+
+Rules: a batch is sorted by instant; ids are dense from zero in the order of yielding; nothing is held but the batches
+being merged, so a load of any length needs the memory of a few thousand requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sage_bench.loads.check import number, whole
+from sage_bench.loads.lengths import Uniforms
+from sage_bench.loads.request_class import RequestClass
+from sage_core.errors import ConfigError
+from sage_core.events import RequestArrived
+from sage_core.load import Arrival
+from sage_core.slo import SloTable
+from sage_core.units import NEVER, RequestKind, seconds
+
+Labels: TypeAlias = NDArray[Any]
+"""(n,) strings as objects."""
+
+
+class Batch(NamedTuple):
+    """Requests as columns; row i of each is the same request. ``at`` (ns) is non-decreasing."""
+
+    at: NDArray[np.int64]
+    cls: NDArray[np.int64]  # index of the class in the mix
+    tenant: Labels
+    input_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]  # the truth: stays on the backends' side of the oracle boundary
+    prefix: NDArray[np.int64]
+
+    def head(self, n: int) -> Batch:
+        """The first ``n`` rows."""
+        return Batch(*(column[:n] for column in self))
+
+    def tail(self, n: int) -> Batch:
+        """All rows but the first ``n``."""
+        return Batch(*(column[n:] for column in self))
+
+
+class Drawn(NamedTuple):
+    """What the requests of one class look like."""
+
+    tenant: Labels
+    input_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    prefix: NDArray[np.int64]
+
+
+class Mix:
+    """Classes by name, in order, and how their columns become requests with deadlines.
+
+    caps: the cap on output tokens of classes that do not set one (a trace load finds it in the trace).
+    """
+
+    def __init__(
+        self, classes: Mapping[str, RequestClass], slo: SloTable, caps: Mapping[str, int] | None = None
+    ) -> None:
+        self.names = list(classes)
+        self.classes = list(classes.values())
+        self._cap = np.array(
+            [c.output_tokens_max or (caps or {}).get(name, 0) for name, c in classes.items()], np.int64
+        )
+        self._pipeline = _labels([c.pipeline for c in self.classes])
+        self._kind = np.array([int(c.kind) for c in self.classes], np.int64)
+        self._priority = np.array([c.priority for c in self.classes], np.int64)
+        objectives = [slo.of(c.kind, c.priority) for c in self.classes]
+        caps_of = self._cap.tolist()
+        # Deadlines are fixed spans after the scheduled instant, because the cap is fixed per class.
+        self._ttft_span = np.array([o.ttft_due_at(0) for o in objectives], np.int64)
+        self._due_span = np.array([o.due_at(0, cap) for o, cap in zip(objectives, caps_of, strict=True)], np.int64)
+        self._tenants = [(_labels(list(c.tenants)), before(list(c.tenants.values()))) for c in self.classes]
+        weights = [1.0 / np.arange(1, c.prefixes + 1) for c in self.classes]
+        self._prefix_before = [before(weight / weight.sum()) if len(weight) else None for weight in weights]
+        self._prefix_first = 1 + np.cumsum([0] + [c.prefixes for c in self.classes])
+
+    def tenants(self, c: int, u: Uniforms) -> Labels:
+        """(n,) tenant names of class ``c`` from (n,) uniform numbers."""
+        names, start = self._tenants[c]
+        return np.asarray(names[pick(start, u)])
+
+    def prefixes(self, c: int, u: Uniforms) -> NDArray[np.int64]:
+        """(n,) prefix ids of class ``c`` from (n,) uniform numbers; zeros where the class shares none."""
+        start = self._prefix_before[c]
+        return np.zeros(len(u), np.int64) if start is None else np.asarray(self._prefix_first[c] + pick(start, u))
+
+    def draw(self, c: int, uniforms: Callable[[str], Uniforms]) -> Drawn:
+        """Requests of class ``c``; ``uniforms(quantity)`` gives (n,) uniform numbers for tenant, input_tokens,
+        output_tokens and prefix. Each is asked for at most once, and not at all where it decides nothing."""
+        of = self.classes[c]
+        assert of.input_tokens is not None
+        length_in = of.input_tokens.tokens(uniforms("input_tokens"))
+        n = len(length_in)
+        if of.output_tokens is None:
+            length_out = np.zeros(n, np.int64)
+        else:
+            length_out = np.minimum(of.output_tokens.tokens(uniforms("output_tokens")), self._cap[c])
+        tenant = self.tenants(c, uniforms("tenant") if len(of.tenants) > 1 else np.zeros(n))
+        prefix = self.prefixes(c, uniforms("prefix") if of.prefixes else np.zeros(n))
+        return Drawn(tenant, length_in, length_out, prefix)
+
+    def issue(self, batch: Batch, first_id: int) -> Iterator[Arrival]:
+        """The rows of ``batch`` as arrivals numbered from ``first_id``."""
+        at = batch.at.tolist()
+        requests = map(
+            RequestArrived,
+            range(first_id, first_id + len(at)),
+            self._pipeline[batch.cls].tolist(),
+            self._kind[batch.cls].tolist(),
+            batch.tenant.tolist(),
+            self._priority[batch.cls].tolist(),
+            batch.input_tokens.tolist(),
+            self._cap[batch.cls].tolist(),
+            at,
+            _after(batch.at, self._ttft_span[batch.cls]).tolist(),
+            _after(batch.at, self._due_span[batch.cls]).tolist(),
+            batch.prefix.tolist(),
+        )
+        return map(Arrival, at, requests, batch.output_tokens.tolist())
+
+
+class Limits(NamedTuple):
+    """Where a load ends: after ``requests`` requests, or at the first instant from ``until`` (ns); None = no limit."""
+
+    requests: int | None
+    until: int | None
+
+    @staticmethod
+    def of(requests: int | None, duration_s: float | None, *, needed: bool) -> Limits:
+        """Checked limits; ``needed``: the load is endless without one."""
+        if needed and requests is None and duration_s is None:
+            raise ConfigError("load.requests, load.duration_s: set at least one, or the load never ends")
+        return Limits(
+            None if requests is None else whole("load.requests", requests, 1),
+            None if duration_s is None else seconds(number("load.duration_s", duration_s, 0.0, above=True)),
+        )
+
+
+def limited(batches: Iterable[Batch], limits: Limits) -> Iterator[Batch]:
+    """``batches`` up to ``limits``."""
+    left = limits.requests
+    for batch in batches:
+        kept = batch
+        if limits.until is not None:
+            kept = kept.head(int(np.searchsorted(kept.at, limits.until)))
+        if left is not None:
+            kept = kept.head(left)
+            left -= len(kept.at)
+        yield kept
+        if len(kept.at) < len(batch.at) or left == 0:
+            return
+
+
+def issued(mix: Mix, batches: Iterable[Batch]) -> Iterator[Arrival]:
+    """The rows of ``batches`` as arrivals numbered from zero."""
+    first_id = 0
+    for batch in batches:
+        yield from mix.issue(batch, first_id)
+        first_id += len(batch.at)
+
+
+def merged(flows: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
+    """Sorted flows as one sorted flow. At equal instants the earlier flow goes first, within a merged stretch."""
+    heads = [next(flow, None) for flow in flows]
+    while any(head is not None for head in heads):
+        horizon = min(int(head.at[-1]) for head in heads if head is not None)
+        parts = []
+        for i, head in enumerate(heads):
+            if head is None:
+                continue
+            n = int(np.searchsorted(head.at, horizon, side="right"))
+            parts.append(head.head(n))
+            heads[i] = head.tail(n) if n < len(head.at) else next(flows[i], None)
+        yield sorted_batch(parts)
+
+
+def sorted_batch(parts: Sequence[Batch]) -> Batch:
+    """The rows of ``parts`` by instant; equal instants keep the order of the parts."""
+    if len(parts) == 1:
+        return parts[0]
+    at = np.concatenate([part.at for part in parts])
+    order = np.argsort(at, kind="stable")
+    return Batch(*(np.concatenate(columns)[order] for columns in zip(*parts, strict=True)))
+
+
+def before(shares: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n,) where in [0, 1) each of the n shares begins. An empty share begins where the next one does."""
+    values = np.asarray(shares, np.float64)
+    return np.asarray(np.cumsum(values) - values)
+
+
+def pick(start: NDArray[np.float64], u: Uniforms) -> NDArray[np.int64]:
+    """Index of the share that each of ``u`` falls into."""
+    return np.asarray(np.searchsorted(start, u, side="right") - 1, np.int64)
+
+
+def kind_of(c: RequestClass) -> str:
+    """The kind's name in configurations and results."""
+    return SloTable.KINDS[c.kind]
+
+
+def generates(c: RequestClass) -> bool:
+    """Whether requests of the class produce output tokens."""
+    return c.kind is not RequestKind.EMBEDDING
+
+
+def _after(at: NDArray[np.int64], span: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``at + span``, NEVER where the span is NEVER."""
+    return np.asarray(np.where(span == NEVER, NEVER, at + np.where(span == NEVER, 0, span)))
+
+
+def _labels(names: Sequence[str]) -> Labels:
+    labels = np.empty(len(names), object)
+    labels[:] = names
+    return labels
