@@ -48,7 +48,7 @@ REQUESTS = pa.schema(
         ("node", _LABEL),
         ("queue_ns", pa.int64()),  # time its tasks spent queued in the plane, summed
         ("ttft_ns", pa.int64()),
-        ("tpot_ns", pa.float64()),  # (e2e - ttft) / (output_tokens - 1); null below 2 output tokens
+        ("tpot_ns", pa.float64()),  # (e2e - ttft) / (tokens of that stage - 1); null below 2 tokens
         ("e2e_ns", pa.int64()),  # null unless responded
         ("ttft_ok", pa.bool_()),  # null: no such objective. Requests that did not respond are false, never null.
         ("tpot_ok", pa.bool_()),
@@ -77,7 +77,7 @@ TASKS = pa.schema(
         ("output_tokens", pa.int64()),
         ("batch", pa.int64()),  # number of the Dispatch command within the run
         ("batch_tasks", pa.int32()),  # tasks in that command
-        ("outcome", _LABEL),  # finished, cancelled, failed, lost (its replica left)
+        ("outcome", _LABEL),  # finished, cancelled, failed, lost (its replica left); null: on it when the run ended
     ]
 )
 

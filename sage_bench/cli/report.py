@@ -1,0 +1,35 @@
+"""``sage report RESULTS``: tables and figures of the runs below a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sage_bench.metrics.summary import summarise
+from sage_bench.report import WIDTH, show, write
+from sage_bench.results.reader import load_runs
+
+
+def command(
+    results: Annotated[Path, typer.Argument(help="A folder with runs in it or below it, or one run's folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where the files go; by default RESULTS/report.")] = None,
+    figures: Annotated[bool, typer.Option(help="Draw the figures too, as PDF and PNG.")] = True,
+    baseline: Annotated[
+        str | None, typer.Option(help="The policy others are held against; by default fifo, else hybrid.")
+    ] = None,
+) -> None:
+    """Compare policies: tables with confidence intervals over seeds, verdicts, saturation points and figures."""
+    console = Console(highlight=False, width=WIDTH)
+    summary = summarise(load_runs(results), baseline)
+    folder = out or results / "report"
+    with console.status("drawing"):
+        written = write(summary, folder, figures=figures)
+    show(summary, console)  # after the files: whoever pipes this into `head` has them all the same
+    drawn = [path for path in written if path.parent != folder]
+    names = ", ".join(path.name for path in written if path.parent == folder)
+    console.print(f"\nTables: {folder}: {names}", soft_wrap=True, markup=False)
+    if drawn:
+        console.print(f"Figures: {folder / 'figures'}: {len(drawn)} files (PDF and PNG)", soft_wrap=True, markup=False)

@@ -1,0 +1,1 @@
+"""Figures for print, drawn from a run's Parquet rows only."""

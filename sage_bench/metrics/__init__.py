@@ -1,0 +1,1 @@
+"""What a run's rows mean: definitions, measures, and the statistics of comparing runs."""

@@ -1,0 +1,123 @@
+"""Which runs are compared with which, and what is said about them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sage_bench.metrics.compare import conditions, means, measured, verdicts
+from sage_bench.metrics.measure import ALL
+from sage_bench.metrics.summary import summarise
+from sage_bench.results.reader import load_runs
+from sage_core.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, queueing: ModuleType) -> Path:
+    """Two rates, two policies, four seeds; priorities differ, so the policies do."""
+    path: Path = tmp_path_factory.mktemp("compare")
+    classes = (queueing.Class(share=0.5), queueing.Class(priority=1, share=0.5))
+    for rate in (40, 48):
+        for order in ("priority", "fifo"):
+            for seed in (1, 2, 3, 4):
+                queueing.run(
+                    path / f"{order}-{rate}-{seed}",
+                    queueing.Queue(rate, 0.02, 700, seed, order=order, classes=classes),
+                    overrides=(f"load.rate={rate}", f"policy={order}", f"seed={seed}"),
+                )
+    return path
+
+
+def test_arms_share_everything_but_policy_and_seed(folder: Path) -> None:
+    found = conditions(load_runs(folder))
+    assert [(c.label, c.rate, c.sweep) for c in found] == [("load.rate=40", 40.0, ""), ("load.rate=48", 48.0, "")]
+    for condition in found:
+        assert {name: len(runs) for name, runs in condition.arms.items()} == {"fifo": 4, "priority": 4}
+        assert next(iter(condition.arms)) == "fifo", "the baseline is first"
+
+
+def test_the_baseline_can_be_chosen(folder: Path) -> None:
+    assert all(next(iter(c.arms)) == "priority" for c in conditions(load_runs(folder), "priority"))
+    with pytest.raises(ConfigError, match=r"'sjf'; expected one of fifo, priority"):
+        conditions(load_runs(folder), "sjf")
+
+
+def test_means_are_over_runs(folder: Path) -> None:
+    rows = measured(conditions(load_runs(folder)))
+    table = means(rows)
+    mine = (rows["policy"] == "fifo") & (rows["rate"] == 40.0) & (rows["kind"] == ALL)
+    entry = table[
+        (table["policy"] == "fifo")
+        & (table["rate"] == 40.0)
+        & (table["kind"] == ALL)
+        & (table["metric"] == "goodput_rps")
+    ].iloc[0]
+    assert entry["n"] == mine.sum() == 4
+    assert entry["mean"] == pytest.approx(rows.loc[mine, "goodput_rps"].mean())
+    assert entry["low"] < entry["mean"] < entry["high"]
+
+
+def test_verdicts_pair_by_seed(folder: Path) -> None:
+    rows = measured(conditions(load_runs(folder)))
+    table = verdicts(rows)
+    assert set(table["baseline"]) == {"fifo"} and set(table["policy"]) == {"priority"}
+    assert set(table["seeds"]) == {4}
+    entry = table[(table["metric"] == "slo_attainment") & (table["rate"] == 48.0)].iloc[0]
+    whole = rows[(rows["kind"] == ALL) & (rows["rate"] == 48.0)].pivot(
+        index="seed", columns="policy", values="slo_attainment"
+    )
+    assert entry["difference"] == pytest.approx((whole["priority"] - whole["fifo"]).mean())
+
+
+def test_a_simulation_repeated_counts_once_and_a_live_run_each_time(tmp_path: Path, queueing: ModuleType) -> None:
+    queue = queueing.Queue(rate=20, service_s=0.02, requests=30)
+    for name in ("first", "again"):
+        queueing.run(tmp_path / "s" / name, queue)
+        queueing.run(tmp_path / "l" / name, queue, source="live")
+    simulated = summarise(load_runs(tmp_path / "s"))
+    assert len(simulated.rows["run_id"].unique()) == 1
+    assert any("1 simulations repeat" in note for note in simulated.notes)
+    assert len(summarise(load_runs(tmp_path / "l")).rows["run_id"].unique()) == 2
+
+
+def test_partial_runs_are_left_out_unless_there_is_nothing_else(tmp_path: Path, queueing: ModuleType) -> None:
+    queue = queueing.Queue(rate=20, service_s=0.02, requests=30)
+    queueing.run(tmp_path / "cut", queue, status="interrupted")
+    assert any("cut: interrupted, partial" in note for note in summarise(load_runs(tmp_path)).notes)
+    queueing.run(tmp_path / "whole", queueing.Queue(rate=20, service_s=0.02, requests=30, seed=2))
+    summary = summarise(load_runs(tmp_path))
+    assert list(summary.rows["run_id"].unique()) == ["whole"]
+    assert any("cut: interrupted, left out" in note for note in summary.notes)
+
+
+def test_one_seed_is_told_to_be_few(tmp_path: Path, queueing: ModuleType) -> None:
+    for order in ("fifo", "priority"):
+        queueing.run(tmp_path / order, queueing.Queue(rate=20, service_s=0.02, requests=30, order=order))
+    summary = summarise(load_runs(tmp_path))
+    assert set(summary.verdicts["verdict"]) == {"too few seeds"}
+    assert any("ran with 1 seed;" in note for note in summary.notes)
+    assert summary.means["low"].map(math.isnan).all()
+
+
+def test_policies_of_one_name_and_different_parameters_are_different_arms(tmp_path: Path, queueing: ModuleType) -> None:
+    queue = queueing.Queue(rate=20, service_s=0.02, requests=30)
+    queueing.run(tmp_path / "a", queue, policy="hybrid")
+    queueing.run(tmp_path / "b", queue, policy="hybrid", parameters={"laxity": False})
+    queueing.run(
+        tmp_path / "c", queue, policy="hybrid", parameters={"classes": False}, overrides=("policy.classes=false",)
+    )
+    (condition,) = conditions(load_runs(tmp_path))
+    first, second, third = sorted(condition.arms, key=len)
+    assert first.startswith("hybrid #") and second.startswith("hybrid #") and first != second
+    assert third == "hybrid[classes=false]"
+
+
+def test_conditions_that_overrides_do_not_tell_apart_get_a_digest(tmp_path: Path, queueing: ModuleType) -> None:
+    queue = queueing.Queue(rate=20, service_s=0.02, requests=30)
+    for warmup in (0.1, 0.2):
+        queueing.run(tmp_path / str(warmup), queue, config={"warmup_s": warmup})
+    labels = [condition.label for condition in conditions(load_runs(tmp_path))]
+    assert len(set(labels)) == 2 and all(label.startswith("#") for label in labels)
