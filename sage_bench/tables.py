@@ -40,6 +40,14 @@ _QUEUEING: Final = (
     "jain_service",
     "jain_slo",
 )
+_WAITING: Final = (
+    "queue_ns_mean",
+    "queue_ns_p50",
+    "queue_ns_p95",
+    "queue_ns_p99",
+    "control_ns_per_request",
+    "control_overhead",
+)
 _LATENCIES: Final = (
     "slo_attainment",
     "ttft_ns_p50",
@@ -62,7 +70,7 @@ _OVERVIEW: Final = (
     ("e2e_ns_p95", "generate"),
     ("e2e_ns_p95", "embedding"),
 )
-_DEFINED: Final = ("slo_attainment", "goodput_rps", "throughput_rps", "utilisation", *_QUEUEING)
+_DEFINED: Final = ("slo_attainment", "goodput_rps", "throughput_rps", "utilisation", *_QUEUEING, *_WAITING[-2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +120,7 @@ def part(table: pd.DataFrame, condition: Condition) -> pd.DataFrame:
 
 def _policies(summary: Summary, condition: Condition) -> Iterator[Sheet]:
     of = part(summary.means, condition)
-    for title, wanted in (("", _SERVICE), (": queueing and fairness", _QUEUEING)):
+    for title, wanted in (("", _SERVICE), (": queueing and fairness", _QUEUEING), (": time queued, and in the plane", _WAITING)):
         names = [name for name in wanted if has(of, ALL, name)]
         rows = [
             [policy, str(len(runs)), *(_cell(of, policy, ALL, name) for name in names)]
@@ -201,6 +209,8 @@ def _cell(of: pd.DataFrame, policy: str, kind: str, name: str) -> str:
 def _value(name: str, value: float, *, sign: bool = False, like: float | None = None) -> str:
     """A value of a metric in its unit; shares of a hundred have one decimal."""
     metric = METRICS[name]
+    if name == "control_overhead":  # far below what one decimal shows
+        return f"{value / metric.scale:.2g}"
     if metric.unit == "%":
         return f"{value / metric.scale:{'+' if sign else ''}.1f}"
     return _number(value / metric.scale, sign=sign, like=None if like is None else like / metric.scale)

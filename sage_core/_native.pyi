@@ -63,7 +63,7 @@ class HybridOrder(Order):
         budget_ns: list[int],
         priority_spacing_ns: int,
         demotion: bool,
-        late_margin_ns: int,
+        late_margin: float,
         starvation: bool,
         starvation_ns: int,
         starvation_bypass: int,

@@ -110,6 +110,12 @@ class PolicyChanged(Event, frozen=True):
     policy: str
 
 
+class RunEnded(Event, frozen=True):
+    """Nothing more will happen: what is still live has failed for ``reason``."""
+
+    reason: str
+
+
 AnyEvent: TypeAlias = (
     RequestArrived
     | RequestCancelled
@@ -121,4 +127,5 @@ AnyEvent: TypeAlias = (
     | ReplicaDraining
     | ReplicaLeft
     | PolicyChanged
+    | RunEnded
 )

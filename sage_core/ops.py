@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from sage_core import _native, reference
+from sage_core import reference
 from sage_core.errors import ConfigError
 
-Mechanism: TypeAlias = _native.Mechanism | reference.Mechanism
+if TYPE_CHECKING:
+    from sage_core import _native
+
+Mechanism: TypeAlias = "_native.Mechanism | reference.Mechanism"
 MechanismName: TypeAlias = Literal["native", "reference"]
 
 
 def make_mechanism(name: str) -> Mechanism:
     """``native`` (C++) or ``reference`` (Python); equal by differential test."""
     if name == "native":
-        return _native.Mechanism()
+        native: Mechanism = _extension().Mechanism()
+        return native
     if name == "reference":
         return reference.Mechanism()
     raise ConfigError(f"mechanism: expected native or reference, got {name!r}")
@@ -22,4 +27,16 @@ def make_mechanism(name: str) -> Mechanism:
 
 def native_build() -> str:
     """Compiler and architecture of the extension: part of what a replay must match."""
-    return _native.build
+    return str(_extension().build)
+
+
+def _extension() -> ModuleType:
+    # Imported when first needed, so that a broken build stops neither `sage doctor` nor the reference.
+    try:
+        from sage_core import _native
+    except ImportError as error:
+        raise ConfigError(
+            f"mechanism native: sage_core._native cannot be imported ({error}); "
+            "see `sage doctor`, or use mechanism=reference, which is slower and decides the same"
+        ) from error
+    return _native

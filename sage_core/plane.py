@@ -11,11 +11,10 @@ Invariants asserted here, in production too (INVARIANTS.md): 1 conservation, 3 n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from sage_core import events as e
 from sage_core.commands import AnyCommand, Cancel, Dispatch, Fail, Reject, Respond, Task
@@ -25,7 +24,14 @@ from sage_core.lifecycle import REPLICA, REQUEST, TASK, ReplicaState, RequestSta
 from sage_core.ops import MechanismName, make_mechanism
 from sage_core.pipeline import Pipeline, Stage
 from sage_core.policy import Policy, native_twin
-from sage_core.units import NEVER, TASK_BITS, Nanos, PoolKind, request_of, task_id
+from sage_core.reference import checked, part_name
+from sage_core.units import TASK_BITS, Nanos, PoolKind, RequestKind, request_of, task_id
+
+TOKENS_MAX = 1 << 40
+"""Tokens a request may name: sums over millions of tasks still fit the int64 columns."""
+
+_KINDS = len(RequestKind)
+_ID_GAP_MAX = 1 << 20
 
 
 class _Request:
@@ -94,6 +100,7 @@ class ControlPlane:
         self._requests: dict[int, _Request] = {}
         self._tasks: dict[int, _Task] = {}
         self._request_last = -1
+        self._requests_awaited: set[int] = set()  # ids below it that have not arrived; never iterated
         self._now = Nanos(0)
         self._arrivals: list[int] = []  # tasks of requests that arrived in this step, for admission
         self.counts = Counts()
@@ -108,6 +115,7 @@ class ControlPlane:
             e.ReplicaDraining: self._on_draining,
             e.ReplicaLeft: self._on_left,
             e.PolicyChanged: self._on_policy,
+            e.RunEnded: self._on_ended,
         }
         self._policy = self._bind(Nanos(0), policy)
 
@@ -158,10 +166,8 @@ class ControlPlane:
         return int(self._mechanism.queued())
 
     def close(self, now: Nanos, reason: str) -> list[AnyCommand]:
-        """Fail what is still live: the run is over. Afterwards every arrived request has ended (invariant 1)."""
-        commands: list[AnyCommand] = []
-        for request in list(self._requests):
-            self._fail(request, reason, commands)
+        """The step of ``RunEnded(reason)``, then :meth:`check`. Every arrived request has ended (invariant 1)."""
+        commands = self.step(now, (e.RunEnded(reason),))
         self.check()
         return commands
 
@@ -181,13 +187,24 @@ class ControlPlane:
     # --- requests -------------------------------------------------------------------------------------------------
 
     def _on_arrived(self, now: Nanos, event: e.RequestArrived, commands: list[AnyCommand]) -> None:
-        if event.request <= self._request_last:
-            raise IllegalEvent(f"request {event.request} arrived twice or out of order (last was {self._request_last})")
+        if self._has_arrived(event.request):
+            raise IllegalEvent(f"request {event.request} arrived twice")
         if event.scheduled_at > now:
-            raise IllegalEvent(f"invariant 4: request {event.request} is scheduled at {event.scheduled_at}, after {now}")
-        if event.input_tokens < 0 or event.output_tokens_max < 0:
-            raise IllegalEvent(f"request {event.request}: token counts must be from 0, got {event!r}")
-        self._request_last = event.request
+            raise IllegalEvent(
+                f"invariant 4: request {event.request} is scheduled at {event.scheduled_at}, after {now}"
+            )
+        if not (0 <= event.input_tokens <= TOKENS_MAX and 0 <= event.output_tokens_max <= TOKENS_MAX):
+            raise IllegalEvent(f"request {event.request}: token counts must be from 0 to {TOKENS_MAX}, got {event!r}")
+        if not 0 <= event.kind < _KINDS:
+            raise IllegalEvent(f"request {event.request}: kind {event.kind} is not a RequestKind")
+        if event.request > self._request_last:
+            # Ids are dense in order of issue, not of arrival: a closed-loop user may think for long.
+            if event.request - self._request_last > _ID_GAP_MAX:
+                raise IllegalEvent(f"request {event.request}: ids must be dense, the last was {self._request_last}")
+            self._requests_awaited.update(range(self._request_last + 1, event.request))
+            self._request_last = event.request
+        else:
+            self._requests_awaited.discard(event.request)
         self.counts.arrived += 1
         pipeline = self._pipelines.get(event.pipeline)
         if pipeline is None:
@@ -200,8 +217,11 @@ class ControlPlane:
         for stage in pipeline.first:
             self._arrivals.append(self._queue(now, request, stage, 0))
 
+    def _has_arrived(self, request: int) -> bool:
+        return request <= self._request_last and request not in self._requests_awaited
+
     def _on_cancelled(self, now: Nanos, event: e.RequestCancelled, commands: list[AnyCommand]) -> None:
-        if event.request > self._request_last:
+        if not self._has_arrived(event.request):
             raise IllegalEvent(f"invariant 4: request {event.request} was cancelled before it arrived")
         if event.request in self._requests:  # else it ended while the cancellation was on its way
             self._end(event.request, e.RequestCancelled, commands)
@@ -240,18 +260,20 @@ class ControlPlane:
         for task in self._arrivals:
             if task in self._tasks:  # not cancelled within this step
                 by_pool.setdefault(self._tasks[task].pool, []).append(task)
-        for pool, tasks in by_pool.items():
+        for pool, arrived in by_pool.items():
+            tasks = [task for task in arrived if task in self._tasks]  # not refused with a task for an earlier pool
+            if not tasks:
+                continue
             view = self._mechanism.task_view(pool, tasks)
-            scores = np.asarray(admit.score(now, view, self._mechanism.replica_view(pool)), np.float64)
-            if scores.shape != (len(tasks),) or np.isnan(scores).any():
-                raise PolicyError(
-                    f"admit {type(admit).__name__}: expected {len(tasks)} scores without NaN, got {scores!r}"
-                )
+            answer = admit.score(now, view, self._mechanism.replica_view(pool))
+            scores = checked(answer, (len(tasks),), "admit", admit)
             for task, score in zip(tasks, scores.tolist(), strict=True):
+                if math.isnan(score):
+                    raise PolicyError(f"admit {part_name(admit)}: score of task {task} is NaN at now={now}")
                 request = request_of(task)
-                if score == float("inf") and request in self._requests:
+                if score == math.inf and request in self._requests:
                     self._end(request, Reject, commands)
-                    commands.append(Reject(request, f"admission: {type(admit).__name__}", admit.retry_after_ns))
+                    commands.append(Reject(request, f"admission: {part_name(admit)}", admit.retry_after_ns))
 
     # --- tasks ----------------------------------------------------------------------------------------------------
 
@@ -270,9 +292,7 @@ class ControlPlane:
             predicted = self._policy.predict.predict(
                 arrived.request, arrived.tenant, arrived.kind, input_tokens, output_tokens_max
             )
-        spec = Task(
-            task, stage.index, attempt, arrived.priority, now, input_tokens, output_tokens_max, arrived.prefix
-        )
+        spec = Task(task, stage.index, attempt, arrived.priority, now, input_tokens, output_tokens_max, arrived.prefix)
         request.tasks.append(task)
         self._tasks[task] = _Task(spec, pool)
         self._mechanism.enqueue(
@@ -318,7 +338,7 @@ class ControlPlane:
     def _known(self, task: int) -> _Task | None:
         """The live task, or None for one that ended while the event was on its way."""
         held = self._tasks.get(task)
-        if held is None and request_of(task) > self._request_last:
+        if held is None and not self._has_arrived(request_of(task)):
             raise IllegalEvent(f"invariant 4: task {task} belongs to no request that has arrived")
         return held
 
@@ -334,7 +354,7 @@ class ControlPlane:
         held = self._known(event.task)
         if held is None:
             return
-        if event.output_tokens < 0:
+        if not 0 <= event.output_tokens <= TOKENS_MAX:
             raise IllegalEvent(f"task {event.task} finished with {event.output_tokens} output tokens")
         advance(TASK, held.state, e.TaskFinished, "task", event.task)
         self._mechanism.finished(now, event.task, event.output_tokens)
@@ -438,6 +458,10 @@ class ControlPlane:
     def _on_policy(self, now: Nanos, event: e.PolicyChanged, commands: list[AnyCommand]) -> None:
         self._policy = self._bind(now, event.policy)
 
+    def _on_ended(self, now: Nanos, event: e.RunEnded, commands: list[AnyCommand]) -> None:
+        for request in list(self._requests):
+            self._fail(request, event.reason, commands)
+
     def _bind(self, now: Nanos, name: str) -> Policy:
         make = self._policies.get(name)
         if make is None:
@@ -446,4 +470,3 @@ class ControlPlane:
         parts = [policy.order, policy.route, policy.limit]
         self._mechanism.bind(now, *([native_twin(part) for part in parts] if self._native else parts))
         return policy
-

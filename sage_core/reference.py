@@ -61,6 +61,7 @@ REPLICA_COLUMNS = (
     "reported_at",
     "last_dispatch",
 )
+LIMIT_COLUMNS = ("tasks_max", "tasks_max_batch", "prefill_tokens_max", "kv_tokens_max", "hold_until")
 REPLICA_COSTS = ("fixed_ns", "input_token_ns", "output_token_ns", "output_seq_ns", "slowdown")
 
 
@@ -362,14 +363,7 @@ class Mechanism:
     def _limits(self, now: Nanos, pool: _Pool) -> Limits:
         assert self._limit is not None
         limits = self._limit.limit(now, self._replica_view(pool), self._queue_view(pool))
-        for name in ("tasks_max", "tasks_max_batch", "prefill_tokens_max", "kv_tokens_max", "hold_until"):
-            column = getattr(limits, name, None)
-            if np.shape(column) != (len(pool.serving),):  # type: ignore[arg-type]
-                raise PolicyError(
-                    f"limit {part_name(self._limit)}: {name} must have one entry a replica, ({len(pool.serving)},); "
-                    f"got {np.shape(column)}"  # type: ignore[arg-type]
-                )
-        return limits
+        return Limits(*(checked_limit(limits, name, len(pool.serving), self._limit) for name in LIMIT_COLUMNS))
 
     def _ranked(self, now: Nanos, pool: _Pool) -> list[QueuedTask]:
         """Queued tasks that may go now, best first."""
@@ -556,3 +550,16 @@ def checked(scores: object, shape: tuple[int, ...], verb: str, part: object) -> 
     return array
 
 
+def checked_limit(limits: object, name: str, replicas: int, part: object) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Column ``name`` of ``limits`` as int64 (replicas,), or a :class:`PolicyError` that names the part."""
+    column = np.asarray(getattr(limits, name, None))
+    if column.shape != (replicas,):
+        raise PolicyError(
+            f"limit {part_name(part)}: {name} must have one entry a replica, ({replicas},); got {column.shape}"
+        )
+    if not np.can_cast(column.dtype, np.int64):
+        raise PolicyError(
+            f"limit {part_name(part)}: {name} must be whole numbers (int64; units.NEVER for no limit), "
+            f"got {column.dtype}"
+        )
+    return column.astype(np.int64, copy=False)

@@ -24,7 +24,8 @@ class Slo:
     def __post_init__(self) -> None:
         for name in ("ttft_s", "tpot_s", "e2e_s"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < float("inf")):
                 raise ConfigError(f"slo.{name}: expected seconds above 0 or null, got {value!r}")
 
     def ttft_due_at(self, scheduled_at: int) -> Nanos:
@@ -54,10 +55,16 @@ class SloTable:
     KINDS = ("chat", "generate", "embedding")
 
     def __post_init__(self) -> None:
-        for key in self.classes:
-            kind, _, priority = key.partition("/")
-            if kind not in self.KINDS or (priority and not priority.isdigit()):
-                raise ConfigError(f"slo.classes: unknown class {key!r}; expected <kind> or <kind>/<priority>, kind one of {', '.join(self.KINDS)}")
+        for key, slo in self.classes.items():
+            kind, slash, priority = key.partition("/")
+            number = priority.isascii() and priority.isdigit() and str(int(priority)) == priority
+            if kind not in self.KINDS or (slash and not number):
+                raise ConfigError(
+                    f"slo.classes: unknown class {key!r}; expected <kind> or <kind>/<priority>, "
+                    f"kind one of {', '.join(self.KINDS)}"
+                )
+            if not isinstance(slo, Slo):
+                raise ConfigError(f"slo.classes.{key}: expected a sage_core.slo.Slo, got {slo!r}")
 
     def of(self, kind: int, priority: int) -> Slo:
         """The objective of requests of this kind (units.RequestKind) and priority."""

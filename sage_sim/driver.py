@@ -7,8 +7,11 @@ not see: a device publishes when it next has something to say, and is asked then
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,9 +115,11 @@ class SimDriver:
         self._replica_next = 0
         self._arrivals: Iterator[Arrival] = iter(())
         self._loading = True
-        self._pending = 0  # closed-loop arrivals on their way, and restarts
+        self._pending = 0  # closed-loop arrivals on their way
+        self._reports_due = 0  # reports on their way
         self._steps = 0
         self._control_ns = 0
+        self._started = time.process_time()
 
     @property
     def counts(self) -> Counts:
@@ -128,15 +133,13 @@ class SimDriver:
     def run(self, tick: Callable[[int, ControlPlane], None] | None = None) -> Finish:
         """Run to the end of the load and of every request, or to ``until_s``; then fail what is left.
 
-        ``tick(now, plane)`` is called about once a second of wall time, for progress. Ctrl-C ends the run early:
-        everything decided so far is recorded and every live request failed as interrupted.
+        ``tick(now, plane)`` is called about once a second of wall time, for progress. Ctrl-C ends the run early, between
+        two steps: everything decided so far is recorded and every live request failed as interrupted.
         """
-        started = time.process_time()
         for index, make in enumerate(self._make):
             self._slots.append(_Slot(index, make, self._network, self._streams))
             self._join(self._slots[-1])
         for fault in self._faults:
-            self._pending += fault.restart_after_s is not None
             self._at(seconds(fault.at_s), self._on_fault, fault)
         self._arrivals = self._load.arrivals()
         self._next_arrival()
@@ -145,27 +148,40 @@ class SimDriver:
         reason = "run ended with the request unserved"
         interrupted = False
         try:
-            self._loop(tick)
-        except KeyboardInterrupt:
+            with _interrupts_held() as interrupt:
+                self._loop(tick, interrupt)
+            interrupted = interrupt.came
+        except KeyboardInterrupt:  # from a recorder or a tick
             interrupted = True
+        if interrupted:
             reason = "run was interrupted"
         now = self._now
-        left = self._plane.close(now, reason)
-        if left:
-            self._chain_and_record(now, (), left)
+        if self._plane.live:
+            self._chain_and_record(now, (e.RunEnded(reason),), self._plane.close(now, reason))
+        else:
+            self._plane.check()
+        return self.finish(interrupted)
+
+    def finish(self, interrupted: bool = False) -> Finish:
+        """Where the run stands: how it ended, or how far it came before an exception."""
         return Finish(
-            now, self._chain.digest, self._steps, self._control_ns / 1e9, time.process_time() - started, interrupted
+            self._now,
+            self._chain.digest,
+            self._steps,
+            self._control_ns / 1e9,
+            time.process_time() - self._started,
+            interrupted,
         )
 
     # --- virtual time ---------------------------------------------------------------------------------------------
 
-    def _loop(self, tick: Callable[[int, ControlPlane], None] | None) -> None:
+    def _loop(self, tick: Callable[[int, ControlPlane], None] | None, interrupt: _Interrupt) -> None:
         env = self._env
         step = env.step
         queue = env._queue  # the test SimPy itself makes; env.peek() costs a call per event
         told = time.monotonic()
         count = 0
-        while queue and queue[0][0] <= self._until:
+        while queue and queue[0][0] <= self._until and not interrupt.came:
             step()
             count += 1
             if tick is not None and not count & 0xFFF and time.monotonic() - told > 1.0:
@@ -324,20 +340,25 @@ class SimDriver:
 
     def _on_scrape(self, _: Any) -> None:
         now = self._now
-        if not self._env._queue:
+        if len(self._env._queue) == self._reports_due:
             return  # nothing else will ever happen: live requests wait for a replica that does not come
         for slot in self._slots:
             if slot.device is not None:
                 for report in slot.device.report(now):
-                    self._at(slot.to_plane.arrives_at(now), self._post_from, (slot, slot.life, report))
+                    self._reports_due += 1
+                    self._at(slot.to_plane.arrives_at(now), self._on_report, (slot, slot.life, report))
         self._at(now + self._report_interval, self._on_scrape, None)
+
+    def _on_report(self, sent: tuple[_Slot, int, e.AnyEvent]) -> None:
+        self._reports_due -= 1
+        self._post_from(sent)
 
     # --- faults ---------------------------------------------------------------------------------------------------
 
     def _on_fault(self, fault: Fault) -> None:
         slot = self._slots[fault.device]
         if fault.restart_after_s is not None:
-            self._at(self._now + seconds(fault.restart_after_s), self._on_restart, slot)
+            self._at(self._now + seconds(fault.restart_after_s), self._on_restart, (slot, slot.life))
         if slot.device is None:
             return
         if fault.kind == "crash":
@@ -355,11 +376,42 @@ class SimDriver:
             del self._slot_of[joined.replica]
             self._post(e.ReplicaLeft(joined.replica))
 
-    def _on_restart(self, slot: _Slot) -> None:
-        self._pending -= 1
-        if slot.device is not None:
+    def _on_restart(self, failed: tuple[_Slot, int]) -> None:
+        slot, life = failed
+        if slot.life != life:
+            return  # another restart was faster
+        if slot.device is not None:  # still draining: its time is up
             self._leave(slot)
         self._join(slot)
+
+
+class _Interrupt:
+    """Whether Ctrl-C came."""
+
+    came = False
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[_Interrupt]:
+    """Ctrl-C is noted instead of raised, so that it cannot land in the middle of a step of the plane.
+
+    The second one is raised. Outside the main thread, where signals never arrive, nothing is changed.
+    """
+    interrupt = _Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+
+    def note(number: int, frame: object) -> None:
+        if interrupt.came:
+            raise KeyboardInterrupt
+        interrupt.came = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Slot:

@@ -24,11 +24,6 @@ using RealColumn = std::vector<double>;
 
 py::object python_error(const char* name) { return py::module_::import("sage_core.errors").attr(name); }
 
-[[noreturn]] void throw_python(const char* name, const std::string& message) {
-  py::set_error(python_error(name), message.c_str());
-  throw py::error_already_set();
-}
-
 template <class T>
 py::array frozen(py::array_t<T> array) {
   array.attr("flags").attr("writeable") = false;
@@ -140,8 +135,8 @@ class PythonLimit : public Limit {
   explicit PythonLimit(py::object part) : part_(std::move(part)) {}
   void limit(std::int64_t now, const Pool& pool, LimitTable& out) override {
     static py::object* make = new py::object(py::module_::import("sage_core.policy").attr("QueueView"));
-    py::object queue = (*make)(pool_kind_of(pool), pool.tasks.size(), pool.input_tokens_queued,
-                               pool.oldest_queued_at(), pool.earliest_due_at());
+    py::object queue = (*make)(pool_kind_of(pool), pool.tasks.size(), pool.input_tokens_queued, pool.oldest_queued_at(),
+                               pool.earliest_due_at());
     py::object limits = part_.attr("limit")(now, ReplicaView{&pool}, queue);
     copy(limits, "tasks_max", out.tasks_max);
     copy(limits, "tasks_max_batch", out.tasks_max_batch);
@@ -153,14 +148,9 @@ class PythonLimit : public Limit {
 
  private:
   void copy(const py::object& limits, const char* column, Column& to) const {
-    py::object value = py::getattr(limits, column, py::none());
-    auto array = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>::ensure(value);
-    if (!array || array.ndim() != 1 || static_cast<std::size_t>(array.size()) != to.size()) {
-      PyErr_Clear();
-      py::object shape = py::module_::import("numpy").attr("shape")(value);
-      throw_python("PolicyError", "limit " + name() + ": " + column + " must have one entry a replica, (" +
-                                      std::to_string(to.size()) + ",); got " + py::cast<std::string>(py::str(shape)));
-    }
+    py::object checked = py::module_::import("sage_core.reference").attr("checked_limit");
+    py::array_t<std::int64_t, py::array::c_style | py::array::forcecast> array =
+        checked(limits, column, to.size(), part_);
     std::memcpy(to.data(), array.data(), to.size() * sizeof(std::int64_t));
   }
   py::object part_;
@@ -173,12 +163,12 @@ std::shared_ptr<Part> part_of(const py::object& part) {
 }
 
 template <class View, class T>
-auto task_column(T sage::TaskTable::*member) {
+auto task_column(T sage::TaskTable::* member) {
   return [member](const View& view) { return view.column(view.pool->tasks.*member); };
 }
 
 template <class T>
-auto replica_column(std::vector<T> sage::ReplicaTable::*member) {
+auto replica_column(std::vector<T> sage::ReplicaTable::* member) {
   return [member](const ReplicaView& view) { return view.column(view.pool->serving.*member); };
 }
 
@@ -256,8 +246,10 @@ void register_mechanism(py::module_& m) {
              self.bind(now, part_of<Order, PythonOrder>(order), part_of<Route, PythonRoute>(route),
                        part_of<Limit, PythonLimit>(limit));
            })
-      .def("add_pool", [](Mechanism& self, std::string name,
-                          std::int64_t kind) { return self.add_pool(std::move(name), static_cast<sage::PoolKind>(kind)); })
+      .def("add_pool",
+           [](Mechanism& self, std::string name, std::int64_t kind) {
+             return self.add_pool(std::move(name), static_cast<sage::PoolKind>(kind));
+           })
       .def("set_kind", [](Mechanism& self, std::size_t pool,
                           std::int64_t kind) { self.pool(pool).kind = static_cast<sage::PoolKind>(kind); })
       .def("join",
@@ -305,6 +297,6 @@ void register_mechanism(py::module_& m) {
           },
           py::keep_alive<0, 1>())
       .def(
-          "replica_view", [](Mechanism& self, std::size_t pool) { return ReplicaView{&self.pool(pool)}; },
+          "replica_view", [](Mechanism& self, std::size_t pool) { return ReplicaView{&self.pool_now(pool)}; },
           py::keep_alive<0, 1>());
 }

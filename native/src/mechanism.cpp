@@ -62,9 +62,8 @@ void ReplicaTable::move_row_to(std::size_t row, ReplicaTable& other) {
 }
 
 void ReplicaTable::erase(std::size_t row) {
-  each_replica_column(*this, *this, [row](auto& column, auto&) {
-    column.erase(column.begin() + static_cast<std::ptrdiff_t>(row));
-  });
+  each_replica_column(*this, *this,
+                      [row](auto& column, auto&) { column.erase(column.begin() + static_cast<std::ptrdiff_t>(row)); });
 }
 
 void LimitTable::resize(std::size_t n) {
@@ -78,9 +77,7 @@ std::vector<double> Route::score_matrix(std::int64_t, const Pool&, const std::ve
 
 std::int64_t Pool::oldest() const { return fifo.empty() ? -1 : fifo.front(); }
 
-std::int64_t Pool::oldest_queued_at() const {
-  return fifo.empty() ? kNever : tasks.queued_at[row_of.at(fifo.front())];
-}
+std::int64_t Pool::oldest_queued_at() const { return fifo.empty() ? kNever : tasks.queued_at[row_of.at(fifo.front())]; }
 
 std::int64_t Pool::earliest_due_at() const {
   std::int64_t due = kNever;
@@ -116,8 +113,7 @@ std::size_t Mechanism::add_pool(std::string name, PoolKind kind) {
 }
 
 void Mechanism::join(std::size_t index, const NewReplica& r) {
-  if (pool_of_replica_.count(r.replica))
-    throw IllegalEvent("replica " + std::to_string(r.replica) + " joined twice");
+  if (pool_of_replica_.count(r.replica)) throw IllegalEvent("replica " + std::to_string(r.replica) + " joined twice");
   Pool& pool = *pools_.at(index);
   ReplicaTable& t = pool.serving;
   t.replica.push_back(r.replica), t.device.push_back(r.device), t.tasks_max.push_back(r.tasks_max),
@@ -305,6 +301,12 @@ std::vector<Decision> Mechanism::decide(std::int64_t now) {
   return out;
 }
 
+Pool& Mechanism::pool_now(std::size_t index) {
+  Pool& pool = *pools_.at(index);
+  refresh_devices(pool);
+  return pool;
+}
+
 void Mechanism::refresh_devices(Pool& pool) {
   for (std::size_t r = 0; r < pool.serving.size(); ++r) {
     auto it = device_in_flight_.find(pool.serving.device[r]);
@@ -466,8 +468,7 @@ void Mechanism::decide_pool(std::int64_t now, std::size_t index, std::vector<Dec
       if (limits_.hold_until[r] > now) wakeup_at_ = std::min(wakeup_at_, limits_.hold_until[r]);
 }
 
-void Mechanism::place(std::int64_t now, std::size_t index, std::size_t row, std::size_t r,
-                      std::vector<Decision>& out) {
+void Mechanism::place(std::int64_t now, std::size_t index, std::size_t row, std::size_t r, std::vector<Decision>& out) {
   Pool& pool = *pools_[index];
   const TaskTable& t = pool.tasks;
   ReplicaTable& s = pool.serving;

@@ -5,12 +5,14 @@ namespace py = pybind11;
 
 void register_mechanism(py::module_& m);
 void register_policies(py::module_& m);
+namespace sage {
 void register_engine(py::module_& m);
+}
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native operators of SAGE: the scheduling mechanism, policy scorers and the simulated engine.";
   m.attr("build") = SAGE_NATIVE_BUILD;
   register_mechanism(m);
   register_policies(m);
-  register_engine(m);
+  sage::register_engine(m);
 }

@@ -114,6 +114,9 @@ def _overall(run: Run, requests: pd.DataFrame, window: Window) -> dict[str, floa
         "jain_service": jain(served.groupby(counted["tenant"], observed=True).mean().to_numpy()),
         "jain_slo": jain(tenants["good"].mean().to_numpy()),
     }
+    control_ns = run.manifest.control_s * 1e9 / len(requests)
+    row["control_ns_per_request"] = control_ns
+    row["control_overhead"] = control_ns / float(counted["e2e_ns"].mean())  # NaN where nothing was responded
     price, responded = run.manifest.price_per_h, int((counted["outcome"] == "responded").sum())
     if price is not None and responded:
         row["cost_per_1k"] = price * window.makespan_s / 3600 / responded * 1000

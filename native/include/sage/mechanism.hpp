@@ -104,7 +104,8 @@ struct Pool {
     double score;
     std::int64_t task;
   };
-  std::vector<Scored> heap_urgent, heap_batch;  // static order only; entries of tasks gone are dropped when they surface
+  std::vector<Scored> heap_urgent,
+      heap_batch;  // static order only; entries of tasks gone are dropped when they surface
 
   std::int64_t oldest() const;            // task queued longest, -1 when empty
   std::int64_t oldest_queued_at() const;  // kNever when empty
@@ -140,14 +141,15 @@ class Mechanism {
               std::int64_t kv_blocks_free);
 
   void enqueue(std::int64_t now, std::size_t pool, const NewTask& task);
-  bool withdraw(std::int64_t task);                                                              // false: not queued
-  void started(std::int64_t task);                                                               // first token seen
-  std::int64_t finished(std::int64_t now, std::int64_t task, std::int64_t output_tokens);        // replica it was on
-  std::int64_t dropped(std::int64_t task);                                                       // ditto, undone
+  bool withdraw(std::int64_t task);                                                        // false: not queued
+  void started(std::int64_t task);                                                         // first token seen
+  std::int64_t finished(std::int64_t now, std::int64_t task, std::int64_t output_tokens);  // replica it was on
+  std::int64_t dropped(std::int64_t task);                                                 // ditto, undone
   std::vector<Decision> decide(std::int64_t now);
   std::int64_t wakeup_at() const { return wakeup_at_; }
 
   Pool& pool(std::size_t index) { return *pools_.at(index); }
+  Pool& pool_now(std::size_t index);  // with device_in_flight brought up to date
   std::size_t pools() const { return pools_.size(); }
   std::size_t queued() const;
   std::size_t in_flight() const { return in_flight_.size(); }

@@ -1,0 +1,118 @@
+# SAGE: install, show, check. Every target works from a fresh clone; `make` alone lists them.
+#
+# Needs g++, make and Python 3.11 or later with venv (tools/install-debian.sh lists the Debian packages). Everything
+# else goes into $(VENV); caches and the native build go into .sage/; results go into results/.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+CXX := $(if $(filter default,$(origin CXX)),g++,$(CXX))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# What a newcomer sees first: simulate, then report.
+DEMO ?= $(BIN)/sage run experiment=demo && $(BIN)/sage report results/demo
+
+PACKAGES := sage_core policies/sage_policies sage_sim sage_live sage_bench
+# Directories are listed too: their time changes when a file is deleted.
+NATIVE := $(shell find native)
+NATIVE_SOURCES := $(filter %.cpp %.hpp,$(NATIVE))
+EXAMPLES := $(sort $(shell find examples -name '*.py'))
+
+# Tools keep their caches in .sage/, which may be deleted at any time.
+CACHE := $(CURDIR)/.sage/cache
+export PYTHONPYCACHEPREFIX := $(CACHE)/pycache
+export MPLCONFIGDIR := $(CACHE)/matplotlib
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export CXX
+
+PYTEST := $(BIN)/python -m pytest -c tools/pytest.ini --rootdir=. -o cache_dir=.sage/cache/pytest $(PYTEST_ARGS)
+
+.PHONY: help
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
+
+.PHONY: demo
+demo: install  ## install, compare the policies on a mixed chat + embedding load, draw the figures
+	$(DEMO)
+
+.PHONY: test
+test: lint  ## install, lint, and the whole test suite except what needs real engines
+	$(PYTEST)
+
+.PHONY: test-live
+test-live: install  ## tests against real engines (pytest -m live)
+	@$(PYTEST) -m live || { rc=$$?; [ $$rc -eq 5 ] && echo "test-live: no live tests in this tree, or none that this machine can run" || exit $$rc; }
+
+.PHONY: lint lint-style lint-types lint-layers lint-native
+lint: lint-style lint-types lint-layers lint-native  ## ruff, mypy --strict, import-linter, clang-format
+lint-style: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+lint-types: install
+	$(BIN)/mypy --strict $(PACKAGES) tools
+# -S: read the packages where they are written. The finder of the editable install shows the parent of conf/, which is
+# this whole folder, as a part of sage_bench.
+lint-layers: install
+	PYTHONPATH=.:policies:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	$(BIN)/python -S -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' \
+		--no-logo --cache-dir $(CACHE)/import_linter
+lint-native: install
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+.PHONY: format
+format: install  ## rewrite sources in the house style
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
+
+.PHONY: bench
+bench: install  ## decisions per CPU-second, simulated requests per CPU-second, peak memory -> results/bench/core.json
+	$(BIN)/python benchmarks/core.py
+
+.PHONY: examples
+examples: install  ## run every example
+	@for example in $(EXAMPLES); do echo "== $$example"; $(BIN)/python $$example; done
+
+.PHONY: docs
+docs: install  ## redraw what the documents take from the code: layers, life cycles, exit codes
+	$(BIN)/python tools/layers.py
+	$(BIN)/python tools/tables.py
+
+.PHONY: wheel
+wheel: install  ## build the wheel into dist/ and check what is in it
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(BIN)/check-wheel-contents dist/*.whl
+
+.PHONY: clean
+clean:  ## delete builds and caches; results and the virtual environment stay
+	rm -rf .sage build dist outputs multirun .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f $(VENV)/.installed
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+.PHONY: install
+install: $(VENV)/.installed
+
+# Again when the project file or anything native changes; new Python and YAML files are seen without it.
+$(VENV)/.installed: $(VENV)/.tools CMakeLists.txt $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -c 'import sage_core._native'
+	@touch $@
+
+# The editable install builds without isolation, so that its native build stays in .sage/build and the next is quick.
+$(VENV)/.tools: pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "make: Python 3.11 or later is needed and none is on PATH; on Debian: sudo tools/install-debian.sh; elsewhere: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@command -v $(CXX) >/dev/null || { echo "make: a C++20 compiler is needed and $(CXX) is not on PATH; on Debian: sudo tools/install-debian.sh; elsewhere: make CXX=clang++" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments; on Debian: sudo tools/install-debian.sh" >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "make: $(PYTHON) has no Python.h, which the native module is built against; on Debian: sudo tools/install-debian.sh" >&2; exit 2; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): build requirements, the package, developer tools (minutes the first time)"
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $(VENV)/build-requires.txt
+	$(BIN)/python -m pip install --quiet --upgrade pip cmake ninja -r $(VENV)/build-requires.txt
+	@touch $@

@@ -1,0 +1,394 @@
+// Native twins of the orders, routes and limits in policies/sage_policies.
+//
+// The Python class of the same name is the meaning; tests/policies/test_native_twins.py compares every score and limit
+// bit by bit. Rules kept: the operations of the Python expression in its order; instants and spans in whole ns wherever
+// Python has them so; no powers, sums over rows or transcendental functions.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+
+#include "sage/mechanism.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using sage::kNever;
+using sage::LimitTable;
+using sage::Pool;
+using sage::PoolKind;
+using sage::ReplicaTable;
+using sage::TaskTable;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kClassSpanNs = 0x1p50;            // order.py CLASS_SPAN_NS
+constexpr double kInstantNsMax = 0x1p50 - 0x1p30;  // order.py INSTANT_NS_MAX
+constexpr double kNoDueNs = 0x1p52;                // order.py NO_DUE_NS
+constexpr std::int64_t kTierNs = 1LL << 52;        // hybrid.py TIER_NS
+constexpr std::int64_t kDueNsMax = 1LL << 50;      // hybrid.py INSTANT_NS_MAX
+constexpr double kSpanNsMax = 0x1p48;              // hybrid.py SPAN_NS_MAX
+constexpr double kShareMax = 0x1p62;               // limit.py share_of
+
+double real(std::int64_t value) { return static_cast<double>(value); }
+
+// Rounded down to whole ns, within kSpanNsMax either way.
+std::int64_t whole(double span_ns) {
+  return static_cast<std::int64_t>(std::floor(std::min(std::max(span_ns, -kSpanNsMax), kSpanNsMax)));
+}
+
+std::int64_t share_of(std::int64_t count, double factor) {
+  return static_cast<std::int64_t>(std::min(std::max(std::floor(real(count) * factor), 1.0), kShareMax));
+}
+
+// --- orders ----------------------------------------------------------------------------------------------------------
+
+class Fifo : public sage::Order {
+ public:
+  bool is_static() const override { return true; }
+  std::string name() const override { return "Fifo"; }
+  void score(std::int64_t, const Pool& pool, std::size_t begin, std::size_t end, double* out) override {
+    for (std::size_t i = begin; i < end; ++i) out[i - begin] = real(pool.tasks.arrived_at[i]);
+  }
+};
+
+class PriorityOrder : public sage::Order {
+ public:
+  bool is_static() const override { return true; }
+  std::string name() const override { return "PriorityOrder"; }
+  void score(std::int64_t, const Pool& pool, std::size_t begin, std::size_t end, double* out) override {
+    const TaskTable& t = pool.tasks;
+    for (std::size_t i = begin; i < end; ++i) {
+      double arrived = std::min(real(t.arrived_at[i]), kInstantNsMax);
+      out[i - begin] = real(t.priority[i]) * kClassSpanNs + arrived;
+    }
+  }
+};
+
+class EarliestDeadline : public sage::Order {
+ public:
+  bool is_static() const override { return true; }
+  std::string name() const override { return "EarliestDeadline"; }
+  void score(std::int64_t, const Pool& pool, std::size_t begin, std::size_t end, double* out) override {
+    const TaskTable& t = pool.tasks;
+    for (std::size_t i = begin; i < end; ++i) {
+      std::int64_t due = std::min(t.ttft_due_at[i], t.due_at[i]);
+      double instant = real(due < kNever ? due : t.arrived_at[i]);
+      out[i - begin] = std::min(instant, kNoDueNs - 1.0) + (due < kNever ? 0.0 : kNoDueNs);
+    }
+  }
+};
+
+struct HybridOrderConfig {
+  bool laxity;
+  std::array<std::int64_t, 3> budget_ns;  // by RequestKind
+  std::int64_t priority_spacing_ns;       // 0: classes off
+  bool demotion;
+  double late_margin;
+  bool starvation;
+  std::int64_t starvation_ns, starvation_bypass;
+  double fairness_weight;  // 0: fairness off
+  std::int64_t fairness_cap_ns;
+};
+
+class HybridOrder : public sage::Order {
+ public:
+  explicit HybridOrder(const HybridOrderConfig& config) : c_(config) {}
+  bool is_static() const override { return false; }
+  std::string name() const override { return "HybridOrder"; }
+
+  void score(std::int64_t now, const Pool& pool, std::size_t begin, std::size_t end, double* out) override {
+    const TaskTable& t = pool.tasks;
+    const double token_ns = c_.fairness_weight * pool.speed.input_token_ns, cap = real(c_.fairness_cap_ns);
+    std::int64_t least_service = kNever;
+    for (std::size_t i = begin; i < end; ++i) least_service = std::min(least_service, pool.service_of(i));
+
+    for (std::size_t i = begin; i < end; ++i) {
+      const auto [start_by, late_after] = latest_start(t, i, pool.speed);
+      const std::int64_t offset = whole(real(t.priority[i]) * real(c_.priority_spacing_ns));
+      const std::int64_t excess = pool.service_of(i) - least_service;
+      const auto overserved = static_cast<std::int64_t>(std::floor(std::min(real(excess) * token_ns, cap)));
+      const bool late = c_.demotion && now > late_after;
+      const std::int64_t on_time = ((c_.laxity ? start_by : t.arrived_at[i]) - now) + offset + overserved;
+      out[i - begin] = real(late ? kTierNs + (t.arrived_at[i] - now) + offset : on_time);
+    }
+    promote_starving(now, pool, begin, end, out);
+  }
+
+ private:
+  struct Starts {
+    std::int64_t start_by;    // latest instant at which an idle replica must start
+    std::int64_t late_after;  // kNever without objectives
+  };
+
+  Starts latest_start(const TaskTable& t, std::size_t i, const sage::Speed& speed) const {
+    const std::int64_t prefill = whole(speed.fixed_ns + speed.input_token_ns * real(t.input_tokens[i]));
+    const std::int64_t work = prefill + whole(speed.output_token_ns * real(t.output_tokens[i]));
+    Starts starts{kNever, kNever};
+    auto objective = [&](std::int64_t due_at, std::int64_t needed) {
+      if (due_at == kNever) return;
+      const std::int64_t latest = std::min(due_at, kDueNsMax) - needed;
+      const std::int64_t allowed = std::min(due_at, kDueNsMax) - t.arrived_at[i];
+      const std::int64_t margin = whole(c_.late_margin * real(allowed));
+      starts.start_by = std::min(starts.start_by, latest);
+      starts.late_after = std::min(starts.late_after, latest - margin);
+    };
+    objective(t.ttft_due_at[i], prefill);
+    objective(t.due_at[i], work);
+    if (starts.start_by == kNever) {
+      const std::int64_t soft_due_at = t.arrived_at[i] + c_.budget_ns[static_cast<std::size_t>(t.kind[i])];
+      starts.start_by = std::min(soft_due_at, kDueNsMax) - work;
+    }
+    return starts;
+  }
+
+  void promote_starving(std::int64_t now, const Pool& pool, std::size_t begin, std::size_t end, double* out) const {
+    if (!c_.starvation || pool.bypassed < c_.starvation_bypass) return;
+    auto found = pool.row_of.find(pool.oldest());
+    if (found == pool.row_of.end()) return;
+    const std::size_t row = found->second;
+    if (row < begin || row >= end) return;
+    if (now - pool.tasks.queued_at[row] > c_.starvation_ns) out[row - begin] = real(-kTierNs);
+  }
+
+  HybridOrderConfig c_;
+};
+
+// --- routes ----------------------------------------------------------------------------------------------------------
+
+// A score that is one of the counted columns, the same for every task.
+class ColumnRoute : public sage::Route {
+ public:
+  using Column = std::vector<std::int64_t> ReplicaTable::*;
+  ColumnRoute(std::string name, Column column) : name_(std::move(name)), column_(column) {}
+  std::string name() const override { return name_; }
+  void score(std::int64_t, const Pool& pool, std::size_t, double* out) override {
+    const std::vector<std::int64_t>& column = pool.serving.*column_;
+    for (std::size_t r = 0; r < column.size(); ++r) out[r] = real(column[r]);
+  }
+
+ private:
+  std::string name_;
+  Column column_;
+};
+
+struct RoundRobin : ColumnRoute {
+  RoundRobin() : ColumnRoute("RoundRobin", &ReplicaTable::last_dispatch) {}
+};
+struct LeastInFlight : ColumnRoute {
+  LeastInFlight() : ColumnRoute("LeastInFlight", &ReplicaTable::in_flight) {}
+};
+struct LeastOutstandingTokens : ColumnRoute {
+  LeastOutstandingTokens() : ColumnRoute("LeastOutstandingTokens", &ReplicaTable::kv_tokens) {}
+};
+
+class PredictedFinish : public sage::Route {
+ public:
+  explicit PredictedFinish(double share_penalty) : share_penalty_(share_penalty) {}
+  std::string name() const override { return "PredictedFinish"; }
+  void score(std::int64_t, const Pool& pool, std::size_t row, double* out) override {
+    const ReplicaTable& s = pool.serving;
+    const std::int64_t input = pool.tasks.input_tokens[row];
+    const double output = real(pool.tasks.output_tokens[row]);
+    const double shared = 1.0 + share_penalty_;
+    for (std::size_t r = 0; r < s.size(); ++r) {
+      const double token_ns = s.output_token_ns[r] + s.output_seq_ns[r] * real(s.in_flight[r] + 1);
+      const double prefill_ns = s.fixed_ns[r] + s.input_token_ns[r] * real(s.prefill_tokens[r] + input);
+      const double work = prefill_ns + output * token_ns;
+      const double share = s.device_in_flight[r] > s.in_flight[r] ? shared : 1.0;
+      out[r] = (work * s.slowdown[r]) * share + real(s.in_flight[r]);
+    }
+  }
+
+ private:
+  double share_penalty_;
+};
+
+class Partition : public sage::Route {
+ public:
+  Partition(std::shared_ptr<sage::Route> inner, std::vector<std::int64_t> llm, std::vector<std::int64_t> embedding)
+      : inner_(std::move(inner)), llm_devices_(std::move(llm)), embedding_devices_(std::move(embedding)) {
+    std::sort(llm_devices_.begin(), llm_devices_.end());
+    std::sort(embedding_devices_.begin(), embedding_devices_.end());
+  }
+  std::string name() const override { return "Partition"; }
+  void score(std::int64_t now, const Pool& pool, std::size_t row, double* out) override {
+    inner_->score(now, pool, row, out);
+    if (pool.kind == PoolKind::kOperator) return;
+    const auto& others = pool.kind == PoolKind::kLlm ? embedding_devices_ : llm_devices_;
+    for (std::size_t r = 0; r < pool.serving.size(); ++r)
+      if (std::binary_search(others.begin(), others.end(), pool.serving.device[r])) out[r] = kInf;
+  }
+
+ private:
+  std::shared_ptr<sage::Route> inner_;
+  std::vector<std::int64_t> llm_devices_, embedding_devices_;
+};
+
+// --- limits ----------------------------------------------------------------------------------------------------------
+
+void set(LimitTable& out, std::size_t r, std::int64_t tasks, std::int64_t batch, std::int64_t prefill, std::int64_t kv,
+         std::int64_t hold_until) {
+  out.tasks_max[r] = tasks, out.tasks_max_batch[r] = batch, out.prefill_tokens_max[r] = prefill;
+  out.kv_tokens_max[r] = kv, out.hold_until[r] = hold_until;
+}
+
+class EngineLimit : public sage::Limit {
+ public:
+  explicit EngineLimit(std::optional<double> factor) : factor_(factor) {}
+  std::string name() const override { return "EngineLimit"; }
+  void limit(std::int64_t, const Pool& pool, LimitTable& out) override {
+    for (std::size_t r = 0; r < pool.serving.size(); ++r) {
+      const std::int64_t tasks = factor_ ? share_of(pool.serving.tasks_max[r], *factor_) : kNever;
+      set(out, r, tasks, tasks, kNever, kNever, 0);
+    }
+  }
+
+ private:
+  std::optional<double> factor_;
+};
+
+struct HybridLimitConfig {
+  bool in_flight_limits;
+  double reserve, prefill_depth, kv_fill;
+  bool embedding_batches;
+  std::int64_t window_ns, margin_ns;
+};
+
+class HybridLimit : public sage::Limit {
+ public:
+  explicit HybridLimit(const HybridLimitConfig& config) : c_(config) {}
+  std::string name() const override { return "HybridLimit"; }
+
+  void limit(std::int64_t now, const Pool& pool, LimitTable& out) override {
+    const ReplicaTable& s = pool.serving;
+    if (pool.kind == PoolKind::kLlm && c_.in_flight_limits) {
+      for (std::size_t r = 0; r < s.size(); ++r)
+        set(out, r, s.tasks_max[r], share_of(s.tasks_max[r], 1.0 - c_.reserve),
+            s.batch_tokens_max[r] > 0 ? share_of(s.batch_tokens_max[r], c_.prefill_depth) : kNever,
+            s.kv_tokens_max[r] > 0 ? share_of(s.kv_tokens_max[r], c_.kv_fill) : kNever, 0);
+    } else if (pool.kind == PoolKind::kEmbedding && c_.embedding_batches) {
+      const std::int64_t earliest_due_at = pool.earliest_due_at();  // looks at every queued task
+      for (std::size_t r = 0; r < s.size(); ++r) {
+        const std::int64_t batches = s.in_flight[r] > 0 ? 2 : 1;
+        const std::int64_t tasks = batches * s.tasks_max[r];
+        const std::int64_t tokens = s.batch_tokens_max[r] > 0 ? batches * s.batch_tokens_max[r] : kNever;
+        set(out, r, tasks, tasks, tokens, kNever, opens_at(now, pool, r, earliest_due_at));
+      }
+    } else {
+      for (std::size_t r = 0; r < s.size(); ++r) set(out, r, s.tasks_max[r], s.tasks_max[r], kNever, kNever, 0);
+    }
+  }
+
+ private:
+  std::int64_t opens_at(std::int64_t now, const Pool& pool, std::size_t r, std::int64_t earliest_due_at) const {
+    const ReplicaTable& s = pool.serving;
+    const std::int64_t tokens_max = s.batch_tokens_max[r] > 0 ? s.batch_tokens_max[r] : kNever;
+    if (s.in_flight[r] == 0) return 0;
+    if (static_cast<std::int64_t>(pool.tasks.size()) >= s.tasks_max[r] || pool.input_tokens_queued >= tokens_max)
+      return 0;
+    const std::int64_t oldest = pool.oldest_queued_at();
+    std::int64_t at = oldest > kNever - c_.window_ns ? kNever : oldest + c_.window_ns;
+    if (earliest_due_at == kNever) return at;
+    const double tokens = real(std::min(pool.input_tokens_queued, tokens_max));
+    const auto batch_ns = static_cast<std::int64_t>(std::ceil(s.fixed_ns[r] + s.input_token_ns[r] * tokens));
+    const std::int64_t latest = earliest_due_at - batch_ns;
+    return latest >= now ? std::min(at, latest - c_.margin_ns) : at;
+  }
+
+  HybridLimitConfig c_;
+};
+
+// --- what a test or a tool may ask of one part -----------------------------------------------------------------------
+
+template <class T>
+py::array_t<T> array_of(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::tuple order_scores(sage::Order& order, std::int64_t now, sage::Mechanism& mechanism, std::size_t index) {
+  const Pool& pool = mechanism.pool(index);
+  std::vector<double> scores(pool.tasks.size());
+  order.score(now, pool, 0, scores.size(), scores.data());
+  return py::make_tuple(array_of(pool.tasks.task), array_of(scores));
+}
+
+py::array_t<double> route_scores(sage::Route& route, std::int64_t now, sage::Mechanism& mechanism, std::size_t index,
+                                 std::int64_t task) {
+  const Pool& pool = mechanism.pool_now(index);
+  auto found = pool.row_of.find(task);
+  if (found == pool.row_of.end()) throw py::key_error("task " + std::to_string(task) + " is not queued in this pool");
+  std::vector<double> scores(pool.serving.size());
+  route.score(now, pool, found->second, scores.data());
+  return array_of(scores);
+}
+
+py::tuple limits(sage::Limit& limit, std::int64_t now, sage::Mechanism& mechanism, std::size_t index) {
+  const Pool& pool = mechanism.pool(index);
+  LimitTable out;
+  out.resize(pool.serving.size());
+  limit.limit(now, pool, out);
+  return py::make_tuple(array_of(out.tasks_max), array_of(out.tasks_max_batch), array_of(out.prefill_tokens_max),
+                        array_of(out.kv_tokens_max), array_of(out.hold_until));
+}
+
+template <class T, class Base>
+using PartClass = py::class_<T, Base, std::shared_ptr<T>>;
+
+}  // namespace
+
+void register_policies(py::module_& m) {
+  PartClass<Fifo, sage::Order>(m, "Fifo", "Twin of sage_policies.order.Fifo.").def(py::init<>());
+  PartClass<PriorityOrder, sage::Order>(m, "PriorityOrder", "Twin of sage_policies.order.PriorityOrder.")
+      .def(py::init<>());
+  PartClass<EarliestDeadline, sage::Order>(m, "EarliestDeadline", "Twin of sage_policies.order.EarliestDeadline.")
+      .def(py::init<>());
+  PartClass<HybridOrder, sage::Order>(m, "HybridOrder", "Twin of sage_policies.hybrid.HybridOrder.")
+      .def(py::init([](bool laxity, std::array<std::int64_t, 3> budget_ns, std::int64_t priority_spacing_ns,
+                       bool demotion, double late_margin, bool starvation, std::int64_t starvation_ns,
+                       std::int64_t starvation_bypass, double fairness_weight, std::int64_t fairness_cap_ns) {
+             return std::make_shared<HybridOrder>(
+                 HybridOrderConfig{laxity, budget_ns, priority_spacing_ns, demotion, late_margin, starvation,
+                                   starvation_ns, starvation_bypass, fairness_weight, fairness_cap_ns});
+           }),
+           py::kw_only(), py::arg("laxity"), py::arg("budget_ns"), py::arg("priority_spacing_ns"), py::arg("demotion"),
+           py::arg("late_margin"), py::arg("starvation"), py::arg("starvation_ns"), py::arg("starvation_bypass"),
+           py::arg("fairness_weight"), py::arg("fairness_cap_ns"));
+
+  PartClass<RoundRobin, sage::Route>(m, "RoundRobin", "Twin of sage_policies.route.RoundRobin.").def(py::init<>());
+  PartClass<LeastInFlight, sage::Route>(m, "LeastInFlight", "Twin of sage_policies.route.LeastInFlight.")
+      .def(py::init<>());
+  PartClass<LeastOutstandingTokens, sage::Route>(m, "LeastOutstandingTokens",
+                                                 "Twin of sage_policies.route.LeastOutstandingTokens.")
+      .def(py::init<>());
+  PartClass<PredictedFinish, sage::Route>(m, "PredictedFinish", "Twin of sage_policies.route.PredictedFinish.")
+      .def(py::init<double>(), py::arg("share_penalty"));
+  PartClass<Partition, sage::Route>(m, "Partition", "Twin of sage_policies.route.Partition.")
+      .def(py::init<std::shared_ptr<sage::Route>, std::vector<std::int64_t>, std::vector<std::int64_t>>(),
+           py::arg("inner"), py::arg("llm_devices"), py::arg("embedding_devices"));
+
+  PartClass<EngineLimit, sage::Limit>(m, "EngineLimit", "Twin of sage_policies.limit.EngineLimit.")
+      .def(py::init<std::optional<double>>(), py::arg("factor"));
+  PartClass<HybridLimit, sage::Limit>(m, "HybridLimit", "Twin of sage_policies.hybrid.HybridLimit.")
+      .def(py::init([](bool in_flight_limits, double reserve, double prefill_depth, double kv_fill,
+                       bool embedding_batches, std::int64_t window_ns, std::int64_t margin_ns) {
+             return std::make_shared<HybridLimit>(HybridLimitConfig{in_flight_limits, reserve, prefill_depth, kv_fill,
+                                                                    embedding_batches, window_ns, margin_ns});
+           }),
+           py::kw_only(), py::arg("in_flight_limits"), py::arg("reserve"), py::arg("prefill_depth"), py::arg("kv_fill"),
+           py::arg("embedding_batches"), py::arg("window_ns"), py::arg("margin_ns"));
+
+  m.def("order_scores", &order_scores, py::arg("order"), py::arg("now"), py::arg("mechanism"), py::arg("pool"),
+        "(tasks, scores) of the whole queue of a pool, in no particular order.");
+  m.def("route_scores", &route_scores, py::arg("route"), py::arg("now"), py::arg("mechanism"), py::arg("pool"),
+        py::arg("task"), "(replicas,) scores of one queued task.");
+  m.def("limits", &limits, py::arg("limit"), py::arg("now"), py::arg("mechanism"), py::arg("pool"),
+        "The columns of sage_core.policy.Limits, in its order.");
+}

@@ -1,0 +1,214 @@
+"""The hybrid policy's own order and limit: laxity with demotion, fairness and anti-starvation; room for urgent work.
+
+The idea: serve the work whose objective is nearest to being missed, not work that has missed it already; never let a
+tenant or an old task be forgotten; and keep the queue in the plane, where it can still be reordered, by giving engines
+no more than keeps them busy. ``docs/hybrid.md`` states both parts one task at a time; a test runs that text against
+this file.
+
+Rules kept here. A score is a whole number of nanoseconds below 2**53, so it is exact, and two tasks on time keep their
+relation as time passes. Estimates are rounded down to whole nanoseconds once, with the operations in the order written,
+so that the native twins give the same bits. Every ingredient has a switch, and switched off it leaves no trace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from sage_core.policy import Column, Limits, QueueView, ReplicaView, Scores, TaskView
+from sage_core.units import MILLISECOND, NEVER, SECOND, Nanos, PoolKind
+from sage_policies.bounds import require
+from sage_policies.limit import share_of, unlimited
+
+TIER_NS: Final = 2**52
+"""Distance between tiers (starving -1, on time 0, late 1)."""
+
+INSTANT_NS_MAX: Final = 2**50
+"""Due times are clipped to this (13 days of run time), so that tiers never mix."""
+
+SPAN_NS_MAX: Final = 2**48
+"""Estimates of work and the laxity given to a class are clipped to this (3 days), for the same reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class HybridOrder:
+    """Class-aware least laxity.
+
+    laxity: order by slack to the nearest objective; off, by arrival. budget_ns: soft response time per kind (chat,
+    generate, embedding) for tasks without an objective. classes, priority_spacing_ns: laxity a task is given per
+    priority level. demotion, late_margin: tasks whose objective is out of reach go behind all others; the margin is the
+    fraction of the time allowed (arrival to due) that is kept for waiting inside engines. starvation, starvation_ns,
+    starvation_bypass: the oldest task goes first of all once it has waited that long and been passed over that often.
+    fairness, fairness_weight, fairness_cap_ns: laxity given per token (at its prefill cost) that a tenant was served
+    beyond the least-served tenant queued.
+    """
+
+    laxity: bool = True
+    budget_ns: tuple[int, int, int] = (60 * SECOND, 60 * SECOND, 60 * SECOND)
+    classes: bool = True
+    priority_spacing_ns: int = 5 * SECOND
+    demotion: bool = True
+    late_margin: float = 0.25
+    starvation: bool = True
+    starvation_ns: int = 30 * SECOND
+    starvation_bypass: int = 8
+    fairness: bool = True
+    fairness_weight: float = 1.0
+    fairness_cap_ns: int = 5 * SECOND
+    static = False
+
+    def __post_init__(self) -> None:
+        require("priority_spacing_ns", self.priority_spacing_ns, 0, SPAN_NS_MAX)
+        require("late_margin", self.late_margin, 0.0, 1.0)
+        require("starvation_ns", self.starvation_ns, 0)
+        require("starvation_bypass", self.starvation_bypass, 0)
+        require("fairness_weight", self.fairness_weight, 0)
+        require("fairness_cap_ns", self.fairness_cap_ns, 0, INSTANT_NS_MAX)
+        for budget in self.budget_ns:
+            require("budget_ns", budget, 0, INSTANT_NS_MAX)
+
+    def score(self, now: Nanos, queued: TaskView) -> Scores:
+        """``tier * TIER_NS + value``: value in ns of laxity (on time) or of arrival (late)."""
+        if not len(queued):
+            return np.empty(0)
+        start_by, late_after = self._latest_start(queued)
+        offset = _whole(queued.priority.astype(np.float64) * (float(self.priority_spacing_ns) if self.classes else 0.0))
+        late = (now > late_after) & self.demotion
+        on_time = ((start_by if self.laxity else queued.arrived_at) - now) + offset + self._overserved(queued)
+        score = np.where(late, TIER_NS + (queued.arrived_at - now) + offset, on_time)
+        score[self._starving(now, queued)] = -TIER_NS
+        return score.astype(np.float64)
+
+    def _latest_start(self, queued: TaskView) -> tuple[Column, Column]:
+        """Latest instant at which an idle replica must start to meet the objectives (soft due time where there are
+        none), and the instant after which the task is late: the same less the margins, NEVER without objectives."""
+        speed = queued.speed
+        prefill = _whole(speed.fixed_ns + speed.input_token_ns * queued.input_tokens.astype(np.float64))
+        work = prefill + _whole(speed.output_token_ns * queued.output_tokens.astype(np.float64))
+        start_by = late_after = np.full(len(queued), NEVER, dtype=np.int64)
+        for due_at, needed in ((queued.ttft_due_at, prefill), (queued.due_at, work)):
+            latest = np.minimum(due_at, INSTANT_NS_MAX) - needed
+            allowed = np.minimum(due_at, INSTANT_NS_MAX) - queued.arrived_at
+            margin = _whole(self.late_margin * allowed.astype(np.float64))
+            start_by = np.where(due_at < NEVER, np.minimum(start_by, latest), start_by)
+            late_after = np.where(due_at < NEVER, np.minimum(late_after, latest - margin), late_after)
+        soft_due_at = queued.arrived_at + np.array(self.budget_ns, dtype=np.int64)[queued.kind]
+        return np.where(start_by < NEVER, start_by, np.minimum(soft_due_at, INSTANT_NS_MAX) - work), late_after
+
+    def _overserved(self, queued: TaskView) -> Column:
+        """Laxity given to tenants served beyond the least-served tenant queued."""
+        token_ns = self.fairness_weight * queued.speed.input_token_ns if self.fairness else 0.0
+        excess = (queued.tenant_service - queued.tenant_service.min()).astype(np.float64)
+        given: Column = np.floor(np.minimum(excess * token_ns, float(self.fairness_cap_ns))).astype(np.int64)
+        return given
+
+    def _starving(self, now: Nanos, queued: TaskView) -> Any:
+        """(tasks,) bool: at most the oldest task."""
+        passed_over = self.starvation and queued.bypassed >= self.starvation_bypass
+        return (queued.task == queued.oldest) & (now - queued.queued_at > self.starvation_ns) & passed_over
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        return _native.HybridOrder(
+            laxity=self.laxity,
+            budget_ns=list(self.budget_ns),
+            priority_spacing_ns=self.priority_spacing_ns if self.classes else 0,
+            demotion=self.demotion,
+            late_margin=self.late_margin,
+            starvation=self.starvation,
+            starvation_ns=self.starvation_ns,
+            starvation_bypass=self.starvation_bypass,
+            fairness_weight=self.fairness_weight if self.fairness else 0.0,
+            fairness_cap_ns=self.fairness_cap_ns,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HybridLimit:
+    """Engines get what keeps them busy and no more.
+
+    LLM pools (``in_flight_limits``): a fraction ``reserve`` of the slots is kept for priority 0, at most
+    ``prefill_depth`` token budgets of prompts (and what is left of the last one) are in the engine, and predicted KV use stays below ``kv_fill``.
+    Embedding pools (``embedding_batches``): an idle engine takes a batch at once; a busy one takes one more behind it
+    when that batch is full, when its oldest task has waited ``window_ns``, or when the earliest due time that can
+    still be met is ``margin_ns`` away from being too late. Off, and for operators: the engine's own concurrency.
+    """
+
+    in_flight_limits: bool = True
+    reserve: float = 0.1
+    prefill_depth: float = 0.5
+    kv_fill: float = 0.95
+    embedding_batches: bool = True
+    window_ns: int = 5 * MILLISECOND
+    margin_ns: int = 2 * MILLISECOND
+
+    def __post_init__(self) -> None:
+        require("reserve", self.reserve, 0.0, 1.0)
+        require("prefill_depth", self.prefill_depth, 0.0, 1e6)
+        require("kv_fill", self.kv_fill, 0.0, 1e6)
+        require("window_ns", self.window_ns, 0, SPAN_NS_MAX)
+        require("margin_ns", self.margin_ns, 0, SPAN_NS_MAX)
+
+    def limit(self, now: Nanos, replicas: ReplicaView, queue: QueueView) -> Limits:
+        """See the class; a maximum of 0 in a replica's own columns means unknown, hence unlimited."""
+        if queue.pool_kind == PoolKind.LLM and self.in_flight_limits:
+            return self._llm(replicas)
+        if queue.pool_kind == PoolKind.EMBEDDING and self.embedding_batches:
+            return self._embedding(now, replicas, queue)
+        open_end = unlimited(len(replicas))
+        return Limits(replicas.tasks_max, replicas.tasks_max, open_end, open_end, np.zeros_like(open_end))
+
+    def _llm(self, replicas: ReplicaView) -> Limits:
+        prompts = share_of(replicas.batch_tokens_max, self.prefill_depth)
+        kv = share_of(replicas.kv_tokens_max, self.kv_fill)
+        return Limits(
+            tasks_max=replicas.tasks_max,
+            tasks_max_batch=share_of(replicas.tasks_max, 1.0 - self.reserve),
+            prefill_tokens_max=np.where(replicas.batch_tokens_max > 0, prompts, NEVER),
+            kv_tokens_max=np.where(replicas.kv_tokens_max > 0, kv, NEVER),
+            hold_until=np.zeros(len(replicas), dtype=np.int64),
+        )
+
+    def _embedding(self, now: Nanos, replicas: ReplicaView, queue: QueueView) -> Limits:
+        open_end = unlimited(len(replicas))
+        busy = replicas.in_flight > 0
+        batches = np.where(busy, 2, 1)
+        tokens_max = np.where(replicas.batch_tokens_max > 0, replicas.batch_tokens_max, NEVER)
+        tasks = batches * replicas.tasks_max
+        tokens = np.where(replicas.batch_tokens_max > 0, batches * replicas.batch_tokens_max, NEVER)
+        full = (queue.tasks >= replicas.tasks_max) | (queue.input_tokens >= tokens_max)
+        hold = np.minimum(self._window_end(queue), self._due_end(now, replicas, queue, tokens_max))
+        return Limits(tasks, tasks, tokens, open_end, np.where(busy & ~full, hold, 0))
+
+    def _window_end(self, queue: QueueView) -> int:
+        return min(queue.oldest_queued_at + self.window_ns, NEVER)
+
+    def _due_end(self, now: Nanos, replicas: ReplicaView, queue: QueueView, tokens_max: Any) -> Any:
+        """(replicas,) last instant at which the batch behind should leave for the earliest due time; NEVER if none."""
+        tokens = np.minimum(queue.input_tokens, tokens_max).astype(np.float64)
+        batch_ns = np.ceil(replicas.fixed_ns + replicas.input_token_ns * tokens).astype(np.int64)
+        latest = queue.earliest_due_at - batch_ns
+        reachable = (latest >= now) & (queue.earliest_due_at < NEVER)
+        return np.where(reachable, latest - self.margin_ns, NEVER)
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        return _native.HybridLimit(
+            in_flight_limits=self.in_flight_limits,
+            reserve=self.reserve,
+            prefill_depth=self.prefill_depth,
+            kv_fill=self.kv_fill,
+            embedding_batches=self.embedding_batches,
+            window_ns=self.window_ns,
+            margin_ns=self.margin_ns,
+        )
+
+
+def _whole(span_ns: Scores) -> Column:
+    """Rounded down to whole ns, within SPAN_NS_MAX either way."""
+    whole: Column = np.floor(np.minimum(np.maximum(span_ns, -float(SPAN_NS_MAX)), float(SPAN_NS_MAX))).astype(np.int64)
+    return whole

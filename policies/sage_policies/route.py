@@ -1,0 +1,146 @@
+"""Which replica a task goes to.
+
+Every route here is ``live``: it reads the exact columns, in which tasks placed earlier in the same step already count,
+so simultaneous tasks do not pile onto the replica that looked best when the step began. Ties go to the replica that
+joined first. Capacity is not a route's business: the mechanism offers only open replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sage_core.errors import ConfigError
+from sage_core.policy import Column, ReplicaView, Route, Scores, TaskView, native_twin
+from sage_core.units import Nanos, PoolKind
+from sage_policies.bounds import require
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRobin:
+    """The replica whose turn was longest ago."""
+
+    live = True
+    load_weight = 0.0
+
+    def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
+        """Number of the last dispatch, in every row."""
+        return _same_for_all(tasks, replicas.last_dispatch)
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        return _native.RoundRobin()
+
+
+@dataclass(frozen=True, slots=True)
+class LeastInFlight:
+    """The replica with the fewest tasks dispatched and not finished."""
+
+    live = True
+    load_weight = 0.0
+
+    def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
+        """Tasks in flight, in every row."""
+        return _same_for_all(tasks, replicas.in_flight)
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        return _native.LeastInFlight()
+
+
+@dataclass(frozen=True, slots=True)
+class LeastOutstandingTokens:
+    """The replica with the fewest input and predicted output tokens in flight."""
+
+    live = True
+    load_weight = 0.0
+
+    def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
+        """Tokens in flight, in every row."""
+        return _same_for_all(tasks, replicas.kv_tokens)
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        return _native.LeastOutstandingTokens()
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedFinish:
+    """The replica on which the task is expected to finish first, given what is in flight there.
+
+    share_penalty: added fraction of the whole when another replica's work is on the same device (0 = devices are not
+    shared, 1 = equal time slicing with one neighbour).
+    """
+
+    share_penalty: float = 0.5
+    live = True
+    load_weight = 0.0
+
+    def __post_init__(self) -> None:
+        require("route.share_penalty", self.share_penalty, 0.0)
+
+    def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
+        """Expected residence, ns, plus one per task in flight.
+
+        ``(((fixed + input_token * (prefill_tokens + input)) + output * (output_token + output_seq * (in_flight + 1)))
+        * slowdown) * share + in_flight``. The last term decides between equals and, where costs are unknown (zero),
+        makes this the least-in-flight route.
+        """
+        inputs = (replicas.prefill_tokens[None, :] + tasks.input_tokens[:, None]).astype(np.float64)
+        outputs = tasks.output_tokens.astype(np.float64)[:, None]
+        token_ns = replicas.output_token_ns + replicas.output_seq_ns * (replicas.in_flight + 1).astype(np.float64)
+        shared = replicas.device_in_flight > replicas.in_flight
+        share = np.where(shared, 1.0 + self.share_penalty, 1.0)
+        work = (replicas.fixed_ns + replicas.input_token_ns * inputs) + outputs * token_ns
+        total: Scores = (work * replicas.slowdown) * share + replicas.in_flight.astype(np.float64)
+        return total
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        return _native.PredictedFinish(self.share_penalty)
+
+
+class Partition:
+    """A static split of devices: some serve LLM work only, some embeddings only, and ``inner`` routes within a part.
+
+    Devices in neither part are not restricted, nor are operator pools. The split is kept even when a part has no
+    replica left: that is what a static split costs.
+    """
+
+    def __init__(self, inner: Route, llm_devices: Sequence[int] = (), embedding_devices: Sequence[int] = ()) -> None:
+        both = sorted({*llm_devices} & {*embedding_devices})
+        if both:
+            raise ConfigError(f"policy.route: devices {both} are in both parts; give each to LLM or to embedding")
+        self.inner = inner
+        self.llm_devices = tuple(sorted(llm_devices))
+        self.embedding_devices = tuple(sorted(embedding_devices))
+        self.live = inner.live
+        self.load_weight = inner.load_weight
+
+    def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
+        """The inner score, ``inf`` on devices of the other part."""
+        scores = self.inner.score(now, tasks, replicas)
+        if tasks.pool_kind == PoolKind.OPERATOR:
+            return scores
+        others = self.embedding_devices if tasks.pool_kind == PoolKind.LLM else self.llm_devices
+        closed = np.isin(replicas.device, np.array(others, dtype=np.int64))
+        return np.where(closed[None, :], np.inf, scores)
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        inner = native_twin(self.inner)
+        if inner is self.inner:  # it has no twin, so neither has the split around it
+            return self
+        return _native.Partition(inner, list(self.llm_devices), list(self.embedding_devices))
+
+
+def _same_for_all(tasks: TaskView, column: Column) -> Scores:
+    return np.tile(column.astype(np.float64), (len(tasks), 1))

@@ -1,0 +1,37 @@
+"""The ``sage`` command line: this package's ``app`` holds the commands, one module each; here is the way in."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sage_core.errors import SageError
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on standard error and a documented exit code, never a traceback."""
+    try:
+        command()()
+    except SageError as error:
+        print(f"sage: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("sage: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def command() -> typer.Typer:
+    """All commands; only ``sage doctor`` where the installation is broken, because it says what to do."""
+    try:
+        from sage_bench.cli.app import app
+    except ImportError as error:
+        if sys.argv[1:2] != ["doctor"]:
+            print(f"sage: the installation is broken ({error}); `sage doctor` says what to do", file=sys.stderr)
+            sys.exit(1)
+        from sage_bench.cli.doctor import doctor
+
+        app = typer.Typer()
+        app.callback()(lambda: None)
+        app.command("doctor")(doctor)
+    return app

@@ -1,0 +1,261 @@
+"""The composition root: from a checked configuration to objects. The only place that instantiates a ``_target_``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from sage_bench.config import DeviceConfig, EmbedConfig, LlmConfig, RunConfig
+from sage_core.errors import ConfigError, SageError
+from sage_core.load import Load
+from sage_core.pipeline import Pipeline, single_request_pipelines
+from sage_core.plane import ControlPlane
+from sage_core.policy import Policy
+from sage_core.rng import Streams
+from sage_core.slo import SloTable
+from sage_policies.predict import Oracle
+from sage_policies.presets import PRESETS, preset
+from sage_sim.driver import Device, MakeDevice, Recorder, SimDriver
+from sage_sim.engine import EmbedReplica, LlmReplica, SimulatedDevice
+from sage_sim.operator import OperatorDevice, OperatorReplica
+from sage_sim.profile import Profile, load_profile
+
+TruthOf = Callable[[int], int]
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a run is made of."""
+
+    config: RunConfig
+    streams: Streams
+    slo: SloTable
+    load: Load
+    pipelines: dict[str, Pipeline]
+    profiles: dict[str, Profile]
+    policy: Policy  # one of its own, to be looked at; the plane makes another
+    warnings: list[str]
+
+
+def make_parts(config: RunConfig) -> Parts:
+    """Everything but the plane and the driver. Raises ConfigError or DataError, naming the key or the file."""
+    streams = Streams(config.seed)
+    slo = make("slo", config.slo)
+    if not isinstance(slo, SloTable):
+        raise ConfigError(f"slo._target_: expected sage_core.slo.SloTable, got {type(slo).__name__}")
+    load: Load = make("load", config.load, streams=streams, slo=slo)
+    for method in ("arrivals", "ended"):
+        if not callable(getattr(load, method, None)):
+            raise ConfigError(f"load._target_: {type(load).__name__} has no {method}(); see sage_core.load.Load")
+    profiles = {name: load_profile(name) for name in _profile_names(config)}
+    _check_cluster(config, profiles)
+    return Parts(
+        config,
+        streams,
+        slo,
+        load,
+        single_request_pipelines(),
+        profiles,
+        make_policy(config),
+        _warnings(config, profiles),
+    )
+
+
+def make_plane(parts: Parts, truth: TruthOf | None = None) -> ControlPlane:
+    """A fresh control plane. ``truth``: for the oracle predictor only."""
+    config = parts.config
+    policies: dict[str, Callable[[], Policy]] = {name: lambda name=name: preset(name) for name in PRESETS}  # type: ignore[misc]
+
+    def active() -> Policy:
+        policy = make_policy(config)
+        if isinstance(policy.predict, Oracle) and truth is not None:
+            policy.predict.bind(truth)
+        return policy
+
+    policies[parts.policy.name] = active
+    return ControlPlane(
+        parts.pipelines,
+        policies,
+        parts.policy.name,
+        attempts_max=config.attempts_max,
+        mechanism=config.mechanism,
+    )
+
+
+def make_driver(parts: Parts, record: Recorder | None = None) -> SimDriver:
+    """A simulated run, ready to go."""
+    config = parts.config
+    driver: SimDriver | None = None
+
+    def truth(request: int) -> int:
+        assert driver is not None
+        return driver.output_tokens(request)
+
+    devices: list[MakeDevice] = []
+    for group in config.cluster.devices:
+        for _ in range(group.count):
+            devices.append(_device_maker(group, len(devices), parts.profiles, truth, config.mechanism == "reference"))
+    driver = SimDriver(
+        make_plane(parts, truth),
+        parts.load,
+        devices,
+        parts.streams,
+        network=config.cluster.network,
+        report_interval_s=config.cluster.report_interval_s,
+        faults=config.cluster.faults,
+        until_s=config.driver.until_s,
+        record=record,
+    )
+    return driver
+
+
+def make_policy(config: RunConfig) -> Policy:
+    """A fresh policy object as configured."""
+    node = dict(config.policy)
+    if node.get("_target_") == "sage_policies.presets.separate" and not node.get("shared_devices"):
+        node["shared_devices"] = shared_devices(config)
+    policy = make("policy", node)
+    if not isinstance(policy, Policy):
+        raise ConfigError(
+            f"policy._target_: {node.get('_target_')} must return a sage_core.policy.Policy, got {type(policy).__name__}"
+        )
+    return policy
+
+
+def shared_devices(config: RunConfig) -> list[int]:
+    """Numbers of the devices that host an LLM and an embedding engine."""
+    groups = [group for group in config.cluster.devices for _ in range(group.count)]
+    return [number for number, group in enumerate(groups) if group.llm is not None and group.embed is not None]
+
+
+def make(group: str, node: Mapping[str, Any], **given: Any) -> Any:
+    """Instantiate one group's ``_target_``. A wrong target, key or value is a ConfigError that names the group."""
+    if "_target_" not in node:
+        raise ConfigError(f"{group}: has no _target_; choose one with {group}=NAME (see `sage run --info defaults-tree`)")
+    plain = {**node, "_convert_": "all"}  # else nested dataclasses arrive as OmegaConf nodes
+    try:
+        if not given:
+            return instantiate(plain)
+        # As a partial: Hydra would merge ``given`` into the configuration and turn its dataclasses into dicts.
+        return instantiate(plain, _partial_=True)(**given)
+    except TypeError as error:  # an unknown or missing key; Hydra reports its own calls as InstantiationException
+        raise ConfigError(f"{group}: {node['_target_']} cannot be made: {error}") from error
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, SageError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, SageError):
+            raise cause from None
+        detail = cause if cause is not None else str(error).splitlines()[0]
+        raise ConfigError(f"{group}: {node['_target_']} cannot be made: {detail}") from error
+
+
+def price_per_h(config: RunConfig) -> float | None:
+    """USD per hour of the whole cluster; None where a device has no price."""
+    prices = [
+        None if group.price_per_h is None else group.price_per_h * group.count for group in config.cluster.devices
+    ]
+    return None if None in prices else float(sum(price for price in prices if price is not None))
+
+
+def _profile_names(config: RunConfig) -> list[str]:
+    engines: list[LlmConfig | EmbedConfig] = []
+    for group in config.cluster.devices:
+        engines += [engine for engine in (group.llm, group.embed) if engine is not None]
+    return sorted({engine.profile for engine in engines})
+
+
+def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
+    if not config.cluster.devices:
+        raise ConfigError("cluster.devices: expected at least one device")
+    for index, group in enumerate(config.cluster.devices):
+        at = f"cluster.devices[{index}]"
+        if group.operator is not None and (group.llm is not None or group.embed is not None):
+            raise ConfigError(f"{at}: operator workers and engines do not share a device; list them apart")
+        if group.operator is None and group.llm is None and group.embed is None:
+            raise ConfigError(f"{at}: expected llm, embed or operator")
+        for role, engine in (("llm", group.llm), ("embed", group.embed)):
+            wanted = "llm" if role == "llm" else "embedding"
+            if engine is not None and profiles[engine.profile].kind != wanted:
+                raise ConfigError(
+                    f"{at}.{role}.profile: {engine.profile} is of kind {profiles[engine.profile].kind}, expected {wanted}"
+                )
+
+
+def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
+    """Configured values that leave what a profile was fitted on."""
+    found: list[str] = []
+    for group in config.cluster.devices:
+        if group.llm is not None:
+            found += profiles[group.llm.profile].warn_outside(
+                seqs=group.llm.max_num_seqs, prefill_tokens=group.llm.max_num_batched_tokens
+            )
+        if group.embed is not None:
+            found += profiles[group.embed.profile].warn_outside(prefill_tokens=group.embed.max_batch_tokens)
+    return list(dict.fromkeys(found))
+
+
+def _device_maker(
+    group: DeviceConfig, number: int, profiles: Mapping[str, Profile], truth: TruthOf, reference: bool
+) -> MakeDevice:
+    def make_device(replica: int) -> Device:
+        if group.operator is not None:
+            o = group.operator
+            return OperatorDevice(
+                number,
+                group.node,
+                OperatorReplica(
+                    replica,
+                    o.pool,
+                    workers=o.workers,
+                    fixed_ns=round(o.fixed_s * 1e9),
+                    input_token_ns=round(o.input_token_s * 1e9),
+                    output_tokens=o.output_tokens,
+                ),
+            )
+        llm = embed = None
+        if group.llm is not None:
+            llm = _llm_replica(group.llm, replica, profiles[group.llm.profile])
+            replica += 1
+        if group.embed is not None:
+            embed = _embed_replica(group.embed, replica, profiles[group.embed.profile])
+        return SimulatedDevice(number, group.node, llm, embed, truth, reference=reference)
+
+    return make_device
+
+
+def _llm_replica(config: LlmConfig, replica: int, profile: Profile) -> LlmReplica:
+    kv_tokens = config.kv_tokens
+    if kv_tokens is None:
+        utilization = config.gpu_memory_utilization
+        kv_tokens = profile.kv_tokens_max if utilization is None else profile.kv_tokens(utilization)
+    return LlmReplica(
+        replica,
+        config.pool,
+        profile.iteration_time(),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        kv_blocks=kv_tokens // config.block_size,
+        chunked_prefill=config.chunked_prefill,
+        priority_queue=config.scheduling == "priority",
+        ingress_ns=round(config.ingress_s * 1e9),
+        egress_ns=round(config.egress_s * 1e9),
+    )
+
+
+def _embed_replica(config: EmbedConfig, replica: int, profile: Profile) -> EmbedReplica:
+    return EmbedReplica(
+        replica,
+        config.pool,
+        profile.iteration_time(),
+        max_batch_tasks=config.max_batch_tasks,
+        max_batch_tokens=config.max_batch_tokens,
+        padding=config.padding,
+        ingress_ns=round(config.ingress_s * 1e9),
+        egress_ns=round(config.egress_s * 1e9),
+    )

@@ -1,0 +1,178 @@
+"""The schema of a run's configuration: what Hydra composed, checked before anything is built.
+
+Groups whose choice is an object (``policy``, ``load``, ``slo``) carry a ``_target_`` and are checked by the object's own
+constructor; everything else is a struct here. A wrong key, type or value is one ConfigError that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sage_core.errors import ConfigError
+from sage_sim.faults import Fault
+from sage_sim.network import NetworkConfig
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class LlmConfig(_Strict, frozen=True):
+    """An LLM engine on a device; names as in vLLM. ``kv_tokens`` null: what the profile says fits the device."""
+
+    profile: str
+    pool: str = "llm"
+    max_num_seqs: Positive = 256
+    max_num_batched_tokens: Positive = 2048
+    block_size: Positive = 16
+    kv_tokens: Positive | None = None
+    gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    chunked_prefill: bool = True
+    scheduling: Literal["fcfs", "priority"] = "fcfs"
+    ingress_s: Seconds = 0.0
+    egress_s: Seconds = 0.0
+
+
+class EmbedConfig(_Strict, frozen=True):
+    """An embedding engine on a device."""
+
+    profile: str
+    pool: str = "embed"
+    max_batch_tasks: Positive = 32
+    max_batch_tokens: Positive = 16384
+    padding: bool = True
+    ingress_s: Seconds = 0.0
+    egress_s: Seconds = 0.0
+
+
+class OperatorConfig(_Strict, frozen=True):
+    """CPU workers for retrieve, rerank, tool and the like."""
+
+    pool: str
+    workers: Positive = 1
+    fixed_s: Seconds = 0.0
+    input_token_s: Seconds = 0.0
+    output_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class DeviceConfig(_Strict, frozen=True):
+    """``count`` equal devices on one node, each with an LLM engine, an embedding engine, or both; or CPU workers."""
+
+    node: str
+    count: Positive = 1
+    llm: LlmConfig | None = None
+    embed: EmbedConfig | None = None
+    operator: OperatorConfig | None = None
+    price_per_h: Seconds | None = None  # USD, of one device
+
+
+class ClusterConfig(_Strict, frozen=True):
+    """Devices in order: their numbers are their places in this list, counted out."""
+
+    devices: list[DeviceConfig]
+    network: NetworkConfig = NetworkConfig()
+    report_interval_s: Seconds = 1.0
+    faults: list[Fault] = []
+
+
+class DriverConfig(_Strict, frozen=True):
+    """What pumps the plane."""
+
+    kind: Literal["sim"] = "sim"
+    until_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+
+
+class PipelineConfig(_Strict, frozen=True):
+    """Which pipelines requests may ask for."""
+
+    kind: Literal["single"] = "single"
+
+
+class RecordConfig(_Strict, frozen=True):
+    """Which of the optional tables are written."""
+
+    tasks: bool = True
+    steps: bool = True
+
+
+class RunConfig(_Strict, frozen=True):
+    """Everything about one run."""
+
+    name: str
+    seed: Annotated[int, msgspec.Meta(ge=0)]
+    warmup_s: Seconds
+    cooldown_s: Seconds
+    mechanism: Literal["native", "reference"]
+    attempts_max: Positive
+    results: str
+    record: RecordConfig
+    driver: DriverConfig
+    cluster: ClusterConfig
+    pipeline: PipelineConfig
+    policy: dict[str, Any]
+    load: dict[str, Any]
+    slo: dict[str, Any]
+
+
+def composed(overrides: Sequence[str] = ()) -> DictConfig:
+    """What ``sage run`` with these overrides would run, for use from Python: ``run(composed(["policy=fifo"]))``."""
+    with initialize_config_module("sage_bench.conf", version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def checked(config: DictConfig | dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration as structs and as plain data. Raises ConfigError naming the key."""
+    try:
+        plain: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: {str(error).splitlines()[0]}") from error
+    plain.pop("experiment", None)
+    try:
+        return msgspec.convert(plain, RunConfig, strict=True), plain
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), plain)) from error
+
+
+def _explain(message: str, plain: dict[str, Any]) -> str:
+    """msgspec's message with the path first, and the nearest known key for an unknown one."""
+    text, _, path = message.partition(" - at `$")
+    key = path.rstrip("`").lstrip(".") or "the top level"
+    if unknown := re.match(r"Object contains unknown field `(.+)`", text):
+        known = _fields_at(key)
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}" if known else ""
+        return f"config: unknown key {unknown[1]!r} at {key}{hint}"
+    return f"config: {key}: {text[0].lower()}{text[1:]}"
+
+
+def _fields_at(path: str) -> list[str]:
+    """Keys of the struct that a path such as ``cluster.devices[0].llm`` leads to."""
+    kinds: dict[str, type] = {
+        "the top level": RunConfig,
+        "record": RecordConfig,
+        "driver": DriverConfig,
+        "cluster": ClusterConfig,
+        "pipeline": PipelineConfig,
+        "cluster.devices[...]": DeviceConfig,
+        "cluster.devices[...].llm": LlmConfig,
+        "cluster.devices[...].embed": EmbedConfig,
+        "cluster.devices[...].operator": OperatorConfig,
+        "cluster.network": NetworkConfig,
+        "cluster.faults[...]": Fault,
+    }
+    kind = kinds.get(re.sub(r"\[\d+\]", "[...]", path))
+    if kind is None:
+        return []
+    fields = getattr(kind, "__struct_fields__", None) or getattr(kind, "__dataclass_fields__", {})
+    return list(fields)

@@ -1,0 +1,154 @@
+"""One run from configuration to a folder of results."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+from omegaconf import DictConfig
+
+from sage_bench.compose import Parts, make_driver, make_parts, price_per_h
+from sage_bench.config import RunConfig, checked
+from sage_bench.results.manifest import LoadFact, PolicyFact, ReplicaFact, Status, Timing, write_manifest
+from sage_bench.results.recorder import RunRecorder
+from sage_bench.results.writer import StepWriter, output_error
+from sage_core.commands import AnyCommand
+from sage_core.events import AnyEvent
+from sage_core.ops import native_build
+from sage_core.plane import ControlPlane, Counts
+from sage_core.units import NEVER, seconds
+from sage_sim.driver import Finish, SimDriver
+from sage_sim.profile import PROFILES
+
+CONFIG_NAME = "config.yaml"
+
+Tick = Callable[[int, ControlPlane], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run left behind."""
+
+    folder: Path
+    config: RunConfig
+    counts: Counts
+    finish: Finish
+    warnings: list[str]
+    wall_s: float
+
+
+def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), tick: Tick | None = None) -> RunResult:
+    """Run once and write ``results/<name>/<run id>/``. Raises SageError.
+
+    On Ctrl-C the partial result is complete in itself: every request has an outcome and the log replays. On an error
+    what was written is readable and the manifest says ``failed``.
+    """
+    config, plain = checked(composed)
+    parts = make_parts(config)
+    folder = Path(config.results) / config.name / run_id(parts, plain)
+    started_at = datetime.now(UTC)
+    wall = time.perf_counter()
+    load_average = os.getloadavg()
+    _prepare(folder, plain)
+    pipelines = {name: [(stage.op.name, stage.op.pool) for stage in p.stages] for name, p in parts.pipelines.items()}
+    cooldown_at = _cooldown_at(parts)
+    driver: SimDriver | None = None
+    status: Status = "failed"
+    try:
+        with contextlib.ExitStack() as files:
+            rows = files.enter_context(
+                RunRecorder(
+                    folder,
+                    pipelines,
+                    parts.slo,
+                    warmup_ns=seconds(config.warmup_s),
+                    cooldown_at=cooldown_at,
+                    tasks=config.record.tasks,
+                )
+            )
+            log = files.enter_context(StepWriter(folder / "steps.parquet")) if config.record.steps else None
+
+            def record(
+                now: int, events: Sequence[AnyEvent], commands: Sequence[AnyCommand], encoded: bytes, digest: bytes
+            ) -> None:
+                rows(now, events, commands)
+                if log is not None:
+                    log(now, encoded, digest)
+
+            driver = make_driver(parts, record)
+            finish = driver.run(tick)
+        status = "interrupted" if finish.interrupted else "complete"
+    finally:
+        if driver is not None:
+            reached = driver.finish()
+            counts = driver.counts
+            write_manifest(
+                folder,
+                experiment=config.name,
+                run_id=folder.name,
+                source="simulation",
+                status=status,
+                policy=PolicyFact(parts.policy.name, {k: v for k, v in config.policy.items() if not k.startswith("_")}),
+                seed=config.seed,
+                load=LoadFact(getattr(parts.load, "rate", None), type(parts.load).__name__, config.load),
+                overrides=tuple(overrides),
+                config=plain,
+                duration_ns=reached.now,
+                digest=reached.digest.hex(),
+                steps=reached.steps,
+                control_s=reached.control_s,
+                timing=Timing(started_at.isoformat(), time.perf_counter() - wall, reached.total_s, load_average),
+                native_build=native_build() if config.mechanism == "native" else "reference",
+                warmup_ns=seconds(config.warmup_s),
+                cooldown_at_ns=None if cooldown_at == NEVER else cooldown_at,
+                trace=_trace(parts),
+                profiles={name: _profile_path(name) for name in parts.profiles},
+                replicas=tuple(ReplicaFact(**row) for row in rows.replicas()),
+                price_per_h=price_per_h(config),
+                counts={name: getattr(counts, name) for name in counts.__dataclass_fields__},
+            )
+    return RunResult(folder, config, counts, finish, parts.warnings, time.perf_counter() - wall)
+
+
+def run_id(parts: Parts, plain: dict[str, Any]) -> str:
+    """``<policy>-s<seed>-<hash>``: the same configuration has the same folder, wherever results go."""
+    kept = {key: value for key, value in plain.items() if key != "results"}
+    digest = hashlib.sha256(msgspec.json.encode(kept, order="deterministic")).hexdigest()
+    return f"{parts.policy.name}-s{parts.config.seed}-{digest[:8]}"
+
+
+def _prepare(folder: Path, plain: dict[str, Any]) -> None:
+    """Make the folder and drop what an earlier run of the same configuration left in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("requests.parquet", "tasks.parquet", "replicas.parquet", "steps.parquet", "manifest.json"):
+            (folder / name).unlink(missing_ok=True)
+        (folder / CONFIG_NAME).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise output_error(folder, error) from error
+
+
+def _cooldown_at(parts: Parts) -> int:
+    """When the cool-down begins: ``cooldown_s`` before the end of a load of known duration."""
+    until: int | None = getattr(getattr(parts.load, "limits", None), "until", None)
+    if not parts.config.cooldown_s or until is None:
+        return NEVER
+    return max(until - seconds(parts.config.cooldown_s), 0)
+
+
+def _trace(parts: Parts) -> Path | None:
+    files: list[str] = getattr(parts.load, "files", list)()
+    return Path(files[0]) if files else None
+
+
+def _profile_path(name: str) -> Path:
+    return Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"

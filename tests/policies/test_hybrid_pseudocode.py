@@ -1,0 +1,82 @@
+"""docs/hybrid.md is executable: its code blocks, run one row at a time, equal the implementation to the bit."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sage_core.units import NEVER, PoolKind
+from sage_policies.hybrid import HybridLimit, HybridOrder
+from sage_policies.presets import hybrid
+from sage_policies.route import PredictedFinish
+from sage_policies.rowwise import rows
+
+DOC = Path(__file__).parents[2] / "docs" / "hybrid.md"
+FLAGS = ("laxity", "classes", "demotion", "starvation", "fairness")
+REPLICA_COLUMNS = (
+    *("in_flight", "device_in_flight", "prefill_tokens", "tasks_max", "batch_tokens_max", "kv_tokens_max"),
+    *("fixed_ns", "input_token_ns", "output_token_ns", "output_seq_ns", "slowdown"),
+)
+
+
+@pytest.fixture(scope="session")
+def doc():
+    """The names that the page's blocks define."""
+    blocks = re.findall(r"^```python\n(.*?)^```", DOC.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4, "laxity, order, limit, route"
+    names = {
+        "INF": math.inf,
+        "NEVER": NEVER,
+        "LLM": PoolKind.LLM,
+        "EMBEDDING": PoolKind.EMBEDDING,
+        "ceil": math.ceil,
+        "floor": math.floor,
+    }
+    exec(compile("\n".join(blocks), str(DOC), "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def replica_rows(view):
+    columns = [getattr(view, name).tolist() for name in REPLICA_COLUMNS]
+    return [SimpleNamespace(**dict(zip(REPLICA_COLUMNS, row, strict=True))) for row in zip(*columns, strict=True)]
+
+
+@given(data=st.data())
+def test_order(doc, any_tasks, data):
+    now, view = data.draw(any_tasks)
+    order = HybridOrder(**{flag: data.draw(st.booleans()) for flag in FLAGS})
+    queued = rows(view)
+    queue = SimpleNamespace(tasks=queued, speed=view.speed, oldest=view.oldest, bypassed=view.bypassed)
+    assert order.score(now, view).tolist() == [doc.order_score(now, task, queue, order) for task in queued]
+
+
+@given(data=st.data())
+def test_limit(doc, any_replicas, any_queue, data):
+    view, queue = data.draw(any_replicas), data.draw(any_queue)
+    now = data.draw(st.integers(0, 10**14))
+    part = HybridLimit(in_flight_limits=data.draw(st.booleans()), embedding_batches=data.draw(st.booleans()))
+    got = part.limit(now, view, queue)
+    columns = (got.tasks_max, got.tasks_max_batch, got.prefill_tokens_max, got.kv_tokens_max, got.hold_until)
+    want = [doc.limit(now, replica, queue, part) for replica in replica_rows(view)]
+    assert [tuple(row) for row in zip(*(column.tolist() for column in columns), strict=True)] == want
+
+
+@given(data=st.data())
+def test_route(doc, any_tasks, any_replicas, data):
+    now, view = data.draw(any_tasks)
+    pool = data.draw(any_replicas)
+    route = PredictedFinish(share_penalty=data.draw(st.floats(0.0, 2.0)))
+    want = [[doc.route_score(task, replica, route) for replica in replica_rows(pool)] for task in rows(view)]
+    assert route.score(now, view, pool).tolist() == want
+
+
+def test_the_table_of_switches_lists_every_boolean_of_the_preset():
+    listed = re.findall(r"^\| `(\w+)` \|", DOC.read_text(), flags=re.MULTILINE)
+    switches = [name for name, kind in hybrid.__annotations__.items() if kind == "bool"]
+    assert listed == switches
