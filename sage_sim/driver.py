@@ -25,7 +25,7 @@ from sage_core.load import Arrival, Load
 from sage_core.log import Chain
 from sage_core.plane import ControlPlane, Counts
 from sage_core.rng import Streams
-from sage_core.units import NEVER, Nanos, seconds
+from sage_core.units import NEVER, Nanos, request_of, seconds
 from sage_sim.faults import Fault
 from sage_sim.network import NetworkConfig, Way
 
@@ -306,8 +306,15 @@ class SimDriver:
 
     def _on_command(self, delivery: tuple[_Slot, int, Dispatch | Cancel]) -> None:
         slot, life, command = delivery
-        if slot.life == life and slot.device is not None:
-            self._step_device(slot, (command,))
+        if slot.life != life or slot.device is None:
+            return
+        if type(command) is Dispatch and any(request_of(task.task) not in self._truth for task in command.tasks):
+            # Such a request failed or was cancelled while its task was on the way; the Cancel is right behind it.
+            live = tuple(task for task in command.tasks if request_of(task.task) in self._truth)
+            if not live:
+                return
+            command = Dispatch(command.replica, live)
+        self._step_device(slot, (command,))
 
     def _on_device_wakeup(self, due: tuple[_Slot, int, int]) -> None:
         slot, life, when = due

@@ -311,8 +311,8 @@ void Device::start_batch(Ps at) {
 
 void Device::start_iterations(Ps at) {
   if (running() == 0 && m.blocks_free != llm_->kv_blocks)
-    throw InvariantViolation("KV blocks are conserved: nothing runs, " + std::to_string(m.blocks_free) + " of " +
-                             std::to_string(llm_->kv_blocks) + " are free");
+    throw InvariantViolation("invariant 9: nothing runs, but " + std::to_string(m.blocks_free) + " of " +
+                             std::to_string(llm_->kv_blocks) + " KV blocks are free");
   m.llm_ran_last = true;
   m.chunks.clear();
   const bool preempted = schedule_running();
@@ -457,7 +457,7 @@ void Device::pass(std::int64_t iterations) {
     stats_->itl.add(work.first + work.growth, work.growth, iterations - 1, m.decoding);
   }
   m.blocks_free -= blocks_taken_over(m.decoded + 1, std::min(iterations, work.count - 1));
-  if (m.blocks_free < 0) throw InvariantViolation("KV blocks are conserved: a jump took more than were free");
+  if (m.blocks_free < 0) throw InvariantViolation("invariant 9: a jump took more KV blocks than were free");
   m.decoded += iterations;
   m.decoding_kv_tokens += m.decoding * iterations;
   work.start += span, work.first += work.growth * iterations, work.count -= iterations;

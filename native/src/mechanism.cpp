@@ -10,6 +10,7 @@ namespace sage {
 namespace {
 
 constexpr std::size_t kMatrixRowsMax = 256;
+constexpr std::size_t kScansMax = 4;
 constexpr double kSlowdownGain = 0.125;
 constexpr double kSlowdownLow = 0.125;
 constexpr double kSlowdownHigh = 8.0;
@@ -32,7 +33,8 @@ void swap_remove(std::vector<T>& column, std::size_t row) {
 template <class Table, class F>
 void each_task_column(Table& t, F&& f) {
   f(t.task), f(t.request), f(t.kind), f(t.tenant), f(t.priority), f(t.attempt), f(t.arrived_at), f(t.queued_at),
-      f(t.ttft_due_at), f(t.due_at), f(t.input_tokens), f(t.output_tokens_max), f(t.output_tokens), f(t.prefix);
+      f(t.ttft_due_at), f(t.due_at), f(t.input_tokens), f(t.output_tokens_max), f(t.output_tokens), f(t.prefix),
+      f(t.memo);
 }
 
 template <class F>
@@ -100,6 +102,7 @@ void Mechanism::bind(std::int64_t now, std::shared_ptr<Order> order, std::shared
   order_ = std::move(order), route_ = std::move(route), limit_ = std::move(limit);
   for (auto& pool : pools_) {
     pool->heap_urgent.clear(), pool->heap_batch.clear();
+    for (std::size_t row = 0; row < pool->tasks.size(); ++row) order_->prepare(*pool, row, pool->tasks.memo[row]);
     if (order_->is_static())
       for (std::size_t row = 0; row < pool->tasks.size(); ++row) score_static(now, *pool, row);
   }
@@ -125,7 +128,7 @@ void Mechanism::join(std::size_t index, const NewReplica& r) {
       t.output_token_ns.push_back(r.output_token_ns), t.output_seq_ns.push_back(r.output_seq_ns),
       t.slowdown.push_back(1.0);
   pool_of_replica_[r.replica] = index;
-  pool.refresh_speed();
+  speed_changed(pool);
 }
 
 void Mechanism::drain(std::int64_t replica) {
@@ -134,7 +137,13 @@ void Mechanism::drain(std::int64_t replica) {
   Pool& pool = *pools_[it->second];
   std::size_t row = pool.serving.find(replica);
   if (row < pool.serving.size()) pool.serving.move_row_to(row, pool.draining);
+  speed_changed(pool);
+}
+
+void Mechanism::speed_changed(Pool& pool) {
   pool.refresh_speed();
+  if (!order_) return;
+  for (std::size_t row = 0; row < pool.tasks.size(); ++row) order_->prepare(pool, row, pool.tasks.memo[row]);
 }
 
 std::vector<std::int64_t> Mechanism::leave(std::int64_t replica) {
@@ -147,7 +156,7 @@ std::vector<std::int64_t> Mechanism::leave(std::int64_t replica) {
   for (std::int64_t task : lost) release(task, in_flight_.at(task));
   auto [table, row] = locate(it->second, replica);
   table->erase(row);
-  pools_[it->second]->refresh_speed();
+  speed_changed(*pools_[it->second]);
   pool_of_replica_.erase(it);
   return lost;
 }
@@ -196,12 +205,13 @@ void Mechanism::enqueue(std::int64_t now, std::size_t index, const NewTask& n) {
       t.priority.push_back(n.priority), t.attempt.push_back(n.attempt), t.arrived_at.push_back(n.arrived_at),
       t.queued_at.push_back(n.queued_at), t.ttft_due_at.push_back(n.ttft_due_at), t.due_at.push_back(n.due_at),
       t.input_tokens.push_back(n.input_tokens), t.output_tokens_max.push_back(n.output_tokens_max),
-      t.output_tokens.push_back(n.output_tokens), t.prefix.push_back(n.prefix);
+      t.output_tokens.push_back(n.output_tokens), t.prefix.push_back(n.prefix), t.memo.emplace_back();
   pool.row_of[n.task] = row;
   pool_of_task_[n.task] = index;
   pool.fifo.push_back(n.task);
   pool.input_tokens_queued += n.input_tokens;
   if (n.priority <= 0) ++pool.urgent_queued;
+  if (order_) order_->prepare(pool, row, t.memo[row]);
   if (order_ && order_->is_static()) score_static(now, pool, row);
 }
 
@@ -337,33 +347,55 @@ void Mechanism::reopen(const Pool& pool, std::size_t r, std::int64_t now) {
   if (open_batch_[r] && !is_open(pool, r, now, false)) open_batch_[r] = 0, --open_batch_count_;
 }
 
-void Mechanism::rank_dynamic(std::int64_t now, Pool& pool, bool urgent, bool batch) {
+void Mechanism::score_dynamic(std::int64_t now, Pool& pool) {
   std::size_t n = pool.tasks.size();
   scores_.resize(n);
   order_->score(now, pool, 0, n, scores_.data());
-  candidates_.clear();
-  for (std::size_t row = 0; row < n; ++row) {
-    double score = scores_[row];
-    if (score != score)
+  bool nan = false;
+  for (std::size_t row = 0; row < n; ++row) nan |= scores_[row] != scores_[row];
+  for (std::size_t row = 0; nan && row < n; ++row)
+    if (scores_[row] != scores_[row])
       throw PolicyError("order " + order_->name() + ": score of task " + std::to_string(pool.tasks.task[row]) +
                         " is NaN at now=" + std::to_string(now));
-    if (score == kInf || !(pool.tasks.priority[row] <= 0 ? urgent : batch)) continue;
-    candidates_.push_back({score, pool.tasks.task[row], row});
+  scans_ = 0;
+}
+
+// A round usually places one task or a few: those are found by scanning. Only a round that goes on makes a heap.
+bool Mechanism::next_dynamic(const Pool& pool, bool urgent, bool batch, Candidate& out) {
+  const TaskTable& t = pool.tasks;
+  std::size_t n = scores_.size();
+  auto has_room = [&](std::size_t row) { return t.priority[row] <= 0 ? urgent : batch; };
+  if (scans_ < kScansMax) {
+    ++scans_;
+    out = {kInf, 0, n};
+    for (std::size_t row = 0; row < n; ++row) {
+      double score = scores_[row];
+      if (!(score <= out.score) || score == kInf) continue;
+      if ((score < out.score || t.task[row] < out.task) && has_room(row)) out = {score, t.task[row], row};
+    }
+    if (out.row == n) return false;
+    scores_[out.row] = kInf;
+    return true;
   }
-  std::make_heap(candidates_.begin(), candidates_.end(), ScoredAfter{});
+  if (scans_ == kScansMax) {
+    ++scans_;
+    candidates_.clear();
+    for (std::size_t row = 0; row < n; ++row)
+      if (scores_[row] < kInf && has_room(row)) candidates_.push_back({scores_[row], t.task[row], row});
+    std::make_heap(candidates_.begin(), candidates_.end(), ScoredAfter{});
+  }
+  while (!candidates_.empty()) {
+    std::pop_heap(candidates_.begin(), candidates_.end(), ScoredAfter{});
+    out = candidates_.back();
+    candidates_.pop_back();
+    if (has_room(out.row)) return true;
+  }
+  return false;
 }
 
 // The best candidate of the classes that have room; it leaves the heap.
 bool Mechanism::next_candidate(Pool& pool, bool urgent, bool batch, Candidate& out) {
-  if (!order_->is_static()) {
-    while (!candidates_.empty()) {
-      std::pop_heap(candidates_.begin(), candidates_.end(), ScoredAfter{});
-      out = candidates_.back();
-      candidates_.pop_back();
-      if (pool.tasks.priority[out.row] <= 0 ? urgent : batch) return true;
-    }
-    return false;
-  }
+  if (!order_->is_static()) return next_dynamic(pool, urgent, batch, out);
   auto top = [&pool](std::vector<Pool::Scored>& heap) -> const Pool::Scored* {
     while (!heap.empty() && !pool.row_of.count(heap.front().task)) {  // withdrawn since
       std::pop_heap(heap.begin(), heap.end(), ScoredAfter{});
@@ -416,7 +448,7 @@ void Mechanism::decide_pool(std::int64_t now, std::size_t index, std::vector<Dec
   std::size_t urgent_left = pool.urgent_queued > 0 ? static_cast<std::size_t>(pool.urgent_queued) : 0;
   bool batch_left = pool.tasks.size() > urgent_left;
   if ((has_urgent() && urgent_left > 0) || (has_batch() && batch_left)) {
-    if (!order_->is_static()) rank_dynamic(now, pool, has_urgent(), has_batch());
+    if (!order_->is_static()) score_dynamic(now, pool);
     Candidate c;
     if (route_->is_live()) {
       route_scores_.resize(replicas);

@@ -39,10 +39,14 @@ constexpr double kShareMax = 0x1p62;               // limit.py share_of
 
 double real(std::int64_t value) { return static_cast<double>(value); }
 
-// Rounded down to whole ns, within kSpanNsMax either way.
-std::int64_t whole(double span_ns) {
-  return static_cast<std::int64_t>(std::floor(std::min(std::max(span_ns, -kSpanNsMax), kSpanNsMax)));
+// std::floor of values that fit; plain x86-64 would call into libm.
+std::int64_t floor_of(double value) {
+  const auto towards_zero = static_cast<std::int64_t>(value);
+  return towards_zero - (real(towards_zero) > value ? 1 : 0);
 }
+
+// Rounded down to whole ns, within kSpanNsMax either way.
+std::int64_t whole(double span_ns) { return floor_of(std::min(std::max(span_ns, -kSpanNsMax), kSpanNsMax)); }
 
 std::int64_t share_of(std::int64_t count, double factor) {
   return static_cast<std::int64_t>(std::min(std::max(std::floor(real(count) * factor), 1.0), kShareMax));
@@ -104,20 +108,24 @@ class HybridOrder : public sage::Order {
   bool is_static() const override { return false; }
   std::string name() const override { return "HybridOrder"; }
 
+  // A task's score, less `now` and what its tenant was overserved, stays the same while it is on time, and again once
+  // it is late: only the instant between the two has to be watched.
+  void prepare(const Pool& pool, std::size_t i, sage::Memo& out) override {
+    const TaskTable& t = pool.tasks;
+    const auto [start_by, late_after] = latest_start(t, i, pool.speed);
+    const std::int64_t offset = whole(real(t.priority[i]) * real(c_.priority_spacing_ns));
+    out.a = (c_.laxity ? start_by : t.arrived_at[i]) + offset;
+    out.b = c_.demotion ? late_after : kNever;
+    out.c = kTierNs + t.arrived_at[i] + offset;
+  }
+
   void score(std::int64_t now, const Pool& pool, std::size_t begin, std::size_t end, double* out) override {
     const TaskTable& t = pool.tasks;
-    const double token_ns = c_.fairness_weight * pool.speed.input_token_ns, cap = real(c_.fairness_cap_ns);
-    std::int64_t least_service = kNever;
-    for (std::size_t i = begin; i < end; ++i) least_service = std::min(least_service, pool.service_of(i));
-
+    weigh_tenants(pool);
     for (std::size_t i = begin; i < end; ++i) {
-      const auto [start_by, late_after] = latest_start(t, i, pool.speed);
-      const std::int64_t offset = whole(real(t.priority[i]) * real(c_.priority_spacing_ns));
-      const std::int64_t excess = pool.service_of(i) - least_service;
-      const auto overserved = static_cast<std::int64_t>(std::floor(std::min(real(excess) * token_ns, cap)));
-      const bool late = c_.demotion && now > late_after;
-      const std::int64_t on_time = ((c_.laxity ? start_by : t.arrived_at[i]) - now) + offset + overserved;
-      out[i - begin] = real(late ? kTierNs + (t.arrived_at[i] - now) + offset : on_time);
+      const sage::Memo& memo = t.memo[i];
+      const std::int64_t on_time = memo.a + overserved_[static_cast<std::size_t>(t.tenant[i])];
+      out[i - begin] = real((now > memo.b ? memo.c : on_time) - now);
     }
     promote_starving(now, pool, begin, end, out);
   }
@@ -149,6 +157,20 @@ class HybridOrder : public sage::Order {
     return starts;
   }
 
+  // Laxity given to each tenant queued, by tenant index.
+  void weigh_tenants(const Pool& pool) {
+    const std::size_t tenants = pool.tenant_service.size();
+    overserved_.assign(tenants, 0);
+    const double token_ns = c_.fairness_weight * pool.speed.input_token_ns, cap = real(c_.fairness_cap_ns);
+    if (token_ns == 0.0) return;
+    std::int64_t least = kNever;
+    for (std::size_t i = 0; i < tenants; ++i)
+      if (pool.tenant_queued[i] > 0) least = std::min(least, pool.tenant_service[i]);
+    for (std::size_t i = 0; i < tenants; ++i)
+      if (pool.tenant_queued[i] > 0)
+        overserved_[i] = floor_of(std::min(real(pool.tenant_service[i] - least) * token_ns, cap));
+  }
+
   void promote_starving(std::int64_t now, const Pool& pool, std::size_t begin, std::size_t end, double* out) const {
     if (!c_.starvation || pool.bypassed < c_.starvation_bypass) return;
     auto found = pool.row_of.find(pool.oldest());
@@ -159,6 +181,7 @@ class HybridOrder : public sage::Order {
   }
 
   HybridOrderConfig c_;
+  std::vector<std::int64_t> overserved_;  // scratch
 };
 
 // --- routes ----------------------------------------------------------------------------------------------------------
@@ -314,9 +337,12 @@ py::array_t<T> array_of(const std::vector<T>& values) {
 }
 
 py::tuple order_scores(sage::Order& order, std::int64_t now, sage::Mechanism& mechanism, std::size_t index) {
-  const Pool& pool = mechanism.pool(index);
+  Pool& pool = mechanism.pool(index);
+  std::vector<sage::Memo> memo = pool.tasks.memo;  // of the bound order, which need not be this one
+  for (std::size_t row = 0; row < memo.size(); ++row) order.prepare(pool, row, pool.tasks.memo[row]);
   std::vector<double> scores(pool.tasks.size());
   order.score(now, pool, 0, scores.size(), scores.data());
+  pool.tasks.memo = std::move(memo);
   return py::make_tuple(array_of(pool.tasks.task), array_of(scores));
 }
 

@@ -21,10 +21,16 @@ inline constexpr std::int64_t kNever = INT64_MAX;
 
 enum class PoolKind : std::int64_t { kLlm = 0, kEmbedding = 1, kOperator = 2 };
 
+// What an order has worked out about one task; what the numbers mean is the order's own business.
+struct Memo {
+  std::int64_t a = 0, b = 0, c = 0;
+};
+
 // Queued tasks of one pool, one vector a column; row i is the same task in each. Rows are unordered (removal swaps).
 struct TaskTable {
   std::vector<std::int64_t> task, request, kind, tenant, priority, attempt, arrived_at, queued_at, ttft_due_at, due_at,
       input_tokens, output_tokens_max, output_tokens, prefix;
+  std::vector<Memo> memo;  // by Order::prepare
   std::size_t size() const { return task.size(); }
   void remove(std::size_t row);
 };
@@ -51,6 +57,9 @@ class Order {
  public:
   virtual ~Order() = default;
   virtual bool is_static() const = 0;
+  // Called when a task is queued, when this order is bound and when the pool's speed may have changed: what a score
+  // needs of the task that stays the same until then. `score` finds it in pool.tasks.memo.
+  virtual void prepare(const Pool&, std::size_t, Memo&) {}
   // out[i - begin] = score of row i of pool.tasks, begin <= i < end.
   virtual void score(std::int64_t now, const Pool& pool, std::size_t begin, std::size_t end, double* out) = 0;
   virtual std::string name() const = 0;
@@ -169,7 +178,9 @@ class Mechanism {
   };
 
   void decide_pool(std::int64_t now, std::size_t index, std::vector<Decision>& out);
-  void rank_dynamic(std::int64_t now, Pool& pool, bool urgent, bool batch);
+  void speed_changed(Pool& pool);
+  void score_dynamic(std::int64_t now, Pool& pool);
+  bool next_dynamic(const Pool& pool, bool urgent, bool batch, Candidate& out);
   bool next_candidate(Pool& pool, bool urgent, bool batch, Candidate& out);
   void place(std::int64_t now, std::size_t index, std::size_t row, std::size_t r, std::vector<Decision>& out);
   void open_replicas(const Pool& pool, std::int64_t now);
@@ -196,7 +207,9 @@ class Mechanism {
   LimitTable limits_;
   std::vector<char> open_urgent_, open_batch_;
   std::size_t open_urgent_count_ = 0, open_batch_count_ = 0;
-  std::vector<double> scores_, route_scores_;
+  std::vector<double> scores_;  // of all rows; inf where the row was taken in this round
+  std::size_t scans_ = 0;       // candidates found by scanning scores_ in this round
+  std::vector<double> route_scores_;
   std::vector<Candidate> candidates_;
   std::vector<std::size_t> placed_rows_;
   std::vector<std::int64_t> placed_here_;
