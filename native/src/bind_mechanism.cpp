@@ -297,6 +297,6 @@ void register_mechanism(py::module_& m) {
           },
           py::keep_alive<0, 1>())
       .def(
-          "replica_view", [](Mechanism& self, std::size_t pool) { return ReplicaView{&self.pool_now(pool)}; },
+          "replica_view", [](Mechanism& self, std::size_t pool) { return ReplicaView{&self.pool(pool)}; },
           py::keep_alive<0, 1>());
 }

@@ -54,10 +54,6 @@ void TaskTable::remove(std::size_t row) {
   each_task_column(*this, [row](auto& column) { swap_remove(column, row); });
 }
 
-std::size_t ReplicaTable::find(std::int64_t id) const {
-  return static_cast<std::size_t>(std::find(replica.begin(), replica.end(), id) - replica.begin());
-}
-
 void ReplicaTable::move_row_to(std::size_t row, ReplicaTable& other) {
   each_replica_column(*this, other, [row](auto& from, auto& to) { to.push_back(from[row]); });
   erase(row);
@@ -116,7 +112,7 @@ std::size_t Mechanism::add_pool(std::string name, PoolKind kind) {
 }
 
 void Mechanism::join(std::size_t index, const NewReplica& r) {
-  if (pool_of_replica_.count(r.replica)) throw IllegalEvent("replica " + std::to_string(r.replica) + " joined twice");
+  if (places_.count(r.replica)) throw IllegalEvent("replica " + std::to_string(r.replica) + " joined twice");
   Pool& pool = *pools_.at(index);
   ReplicaTable& t = pool.serving;
   t.replica.push_back(r.replica), t.device.push_back(r.device), t.tasks_max.push_back(r.tasks_max),
@@ -127,16 +123,17 @@ void Mechanism::join(std::size_t index, const NewReplica& r) {
   t.fixed_ns.push_back(r.fixed_ns), t.input_token_ns.push_back(r.input_token_ns),
       t.output_token_ns.push_back(r.output_token_ns), t.output_seq_ns.push_back(r.output_seq_ns),
       t.slowdown.push_back(1.0);
-  pool_of_replica_[r.replica] = index;
+  t.device_in_flight.back() = devices_[r.device].in_flight;
+  devices_[r.device].replicas.push_back(r.replica);
+  index_replicas(index);
   speed_changed(pool);
 }
 
 void Mechanism::drain(std::int64_t replica) {
-  auto it = pool_of_replica_.find(replica);
-  if (it == pool_of_replica_.end()) throw IllegalEvent("replica " + std::to_string(replica) + " is not known");
-  Pool& pool = *pools_[it->second];
-  std::size_t row = pool.serving.find(replica);
-  if (row < pool.serving.size()) pool.serving.move_row_to(row, pool.draining);
+  const Place at = place_of(replica);
+  Pool& pool = *pools_[at.pool];
+  if (at.table == &pool.serving) pool.serving.move_row_to(at.row, pool.draining);
+  index_replicas(at.pool);
   speed_changed(pool);
 }
 
@@ -147,34 +144,48 @@ void Mechanism::speed_changed(Pool& pool) {
 }
 
 std::vector<std::int64_t> Mechanism::leave(std::int64_t replica) {
-  auto it = pool_of_replica_.find(replica);
-  if (it == pool_of_replica_.end()) throw IllegalEvent("replica " + std::to_string(replica) + " is not known");
+  const Place at = place_of(replica);
   std::vector<std::int64_t> lost;
   for (auto& [task, flight] : in_flight_)
     if (flight.replica == replica) lost.push_back(task);
   std::sort(lost.begin(), lost.end());
   for (std::int64_t task : lost) release(task, in_flight_.at(task));
-  auto [table, row] = locate(it->second, replica);
-  table->erase(row);
-  speed_changed(*pools_[it->second]);
-  pool_of_replica_.erase(it);
+  auto& neighbours = devices_[at.table->device[at.row]].replicas;
+  neighbours.erase(std::find(neighbours.begin(), neighbours.end(), replica));
+  at.table->erase(at.row);
+  places_.erase(replica);
+  index_replicas(at.pool);
+  speed_changed(*pools_[at.pool]);
   return lost;
 }
 
 void Mechanism::report(std::int64_t replica, std::int64_t now, std::int64_t running, std::int64_t waiting,
                        std::int64_t kv_blocks_free) {
-  auto it = pool_of_replica_.find(replica);
-  if (it == pool_of_replica_.end()) throw IllegalEvent("replica " + std::to_string(replica) + " is not known");
-  auto [table, row] = locate(it->second, replica);
-  table->running[row] = running, table->waiting[row] = waiting, table->kv_blocks_free[row] = kv_blocks_free,
-  table->reported_at[row] = now;
+  const Place& at = place_of(replica);
+  at.table->running[at.row] = running, at.table->waiting[at.row] = waiting,
+  at.table->kv_blocks_free[at.row] = kv_blocks_free, at.table->reported_at[at.row] = now;
 }
 
-std::pair<ReplicaTable*, std::size_t> Mechanism::locate(std::size_t index, std::int64_t replica) {
+Mechanism::Place& Mechanism::place_of(std::int64_t replica) {
+  auto it = places_.find(replica);
+  if (it == places_.end()) throw IllegalEvent("replica " + std::to_string(replica) + " is not known");
+  return it->second;
+}
+
+// After rows have moved: membership changes are rare, look-ups are not.
+void Mechanism::index_replicas(std::size_t index) {
   Pool& pool = *pools_[index];
-  std::size_t row = pool.serving.find(replica);
-  if (row < pool.serving.size()) return {&pool.serving, row};
-  return {&pool.draining, pool.draining.find(replica)};
+  for (ReplicaTable* table : {&pool.serving, &pool.draining})
+    for (std::size_t row = 0; row < table->size(); ++row) places_[table->replica[row]] = {index, table, row};
+}
+
+void Mechanism::count_on_device(std::int64_t number, std::int64_t tasks) {
+  Device& device = devices_[number];
+  device.in_flight += tasks;
+  for (std::int64_t replica : device.replicas) {
+    const Place& at = place_of(replica);
+    at.table->device_in_flight[at.row] = device.in_flight;
+  }
 }
 
 // --- tasks -----------------------------------------------------------------------------------------------------------
@@ -261,7 +272,7 @@ void Mechanism::started(std::int64_t task) {
   InFlight& flight = it->second;
   if (!flight.prefilling) return;
   flight.prefilling = false;
-  auto [table, row] = locate(flight.pool, flight.replica);
+  const auto& [index, table, row] = place_of(flight.replica);
   table->prefill_tokens[row] -= flight.input_tokens;
 }
 
@@ -269,7 +280,7 @@ std::int64_t Mechanism::finished(std::int64_t now, std::int64_t task, std::int64
   auto it = in_flight_.find(task);
   if (it == in_flight_.end()) throw IllegalEvent("task " + std::to_string(task) + " is not in flight");
   InFlight& flight = it->second;
-  auto [table, row] = locate(flight.pool, flight.replica);
+  const auto& [index, table, row] = place_of(flight.replica);
   double per_token =
       table->output_token_ns[row] + table->output_seq_ns[row] * static_cast<double>(flight.in_flight_then);
   double expected = flight.prefill_ns + static_cast<double>(output_tokens) * per_token;
@@ -289,11 +300,11 @@ std::int64_t Mechanism::dropped(std::int64_t task) {
 }
 
 std::int64_t Mechanism::release(std::int64_t task, InFlight& flight) {
-  auto [table, row] = locate(flight.pool, flight.replica);
+  const auto& [index, table, row] = place_of(flight.replica);
   --table->in_flight[row];
   table->kv_tokens[row] -= flight.kv_tokens;
   if (flight.prefilling) table->prefill_tokens[row] -= flight.input_tokens;
-  --device_in_flight_[table->device[row]];
+  count_on_device(table->device[row], -1);
   std::int64_t replica = flight.replica;
   in_flight_.erase(task);
   return replica;
@@ -309,19 +320,6 @@ std::vector<Decision> Mechanism::decide(std::int64_t now) {
   for (std::size_t i = 0; i < pools_.size(); ++i)
     if (pools_[i]->tasks.size() > 0 && pools_[i]->serving.size() > 0) decide_pool(now, i, out);
   return out;
-}
-
-Pool& Mechanism::pool_now(std::size_t index) {
-  Pool& pool = *pools_.at(index);
-  refresh_devices(pool);
-  return pool;
-}
-
-void Mechanism::refresh_devices(Pool& pool) {
-  for (std::size_t r = 0; r < pool.serving.size(); ++r) {
-    auto it = device_in_flight_.find(pool.serving.device[r]);
-    pool.serving.device_in_flight[r] = it == device_in_flight_.end() ? 0 : it->second;
-  }
 }
 
 bool Mechanism::is_open(const Pool& pool, std::size_t r, std::int64_t now, bool urgent) const {
@@ -413,10 +411,16 @@ bool Mechanism::next_candidate(Pool& pool, bool urgent, bool batch, Candidate& o
   return true;
 }
 
+void Mechanism::refuse_nan(const Pool& pool, std::int64_t task, const double* scores, std::int64_t now) const {
+  std::size_t r = 0;
+  while (scores[r] == scores[r]) ++r;
+  throw PolicyError("route " + route_->name() + ": score of task " + std::to_string(task) + " on replica " +
+                    std::to_string(pool.serving.replica[r]) + " is NaN at now=" + std::to_string(now));
+}
+
 void Mechanism::decide_pool(std::int64_t now, std::size_t index, std::vector<Decision>& out) {
   Pool& pool = *pools_[index];
   std::size_t replicas = pool.serving.size();
-  refresh_devices(pool);
   limits_.resize(replicas);
   limit_->limit(now, pool, limits_);
   open_replicas(pool, now);
@@ -431,12 +435,12 @@ void Mechanism::decide_pool(std::int64_t now, std::size_t index, std::vector<Dec
     const auto& open = pool.tasks.priority[c.row] <= 0 ? open_urgent_ : open_batch_;
     std::size_t best = replicas;
     double least = kInf;
+    bool nan = false;
     for (std::size_t r = 0; r < replicas; ++r) {
-      if (scores[r] != scores[r])
-        throw PolicyError("route " + route_->name() + ": score of task " + std::to_string(c.task) + " on replica " +
-                          std::to_string(pool.serving.replica[r]) + " is NaN at now=" + std::to_string(now));
-      if (open[r] && scores[r] < least) least = scores[r], best = r;
+      nan |= scores[r] != scores[r];
+      if (scores[r] < least && open[r]) least = scores[r], best = r;
     }
+    if (nan) refuse_nan(pool, c.task, scores, now);
     return best;
   };
   auto put = [&](const Candidate& c, std::size_t r) {
@@ -516,9 +520,7 @@ void Mechanism::place(std::int64_t now, std::size_t index, std::size_t row, std:
   s.prefill_tokens[r] += input;
   s.kv_tokens[r] += input + output;
   s.last_dispatch[r] = ++pool.dispatches;
-  ++device_in_flight_[s.device[r]];
-  for (std::size_t other = 0; other < s.size(); ++other)
-    if (s.device[other] == s.device[r]) ++s.device_in_flight[other];
+  count_on_device(s.device[r], 1);
   pool.tenant_service[static_cast<std::size_t>(t.tenant[row])] += input + 2 * output;
   in_flight_.emplace(task, InFlight{index, s.replica[r], input, input + output, now, s.in_flight[r], prefill_ns, true});
   out.push_back({s.replica[r], task});

@@ -348,7 +348,7 @@ py::tuple order_scores(sage::Order& order, std::int64_t now, sage::Mechanism& me
 
 py::array_t<double> route_scores(sage::Route& route, std::int64_t now, sage::Mechanism& mechanism, std::size_t index,
                                  std::int64_t task) {
-  const Pool& pool = mechanism.pool_now(index);
+  const Pool& pool = mechanism.pool(index);
   auto found = pool.row_of.find(task);
   if (found == pool.row_of.end()) throw py::key_error("task " + std::to_string(task) + " is not queued in this pool");
   std::vector<double> scores(pool.serving.size());

@@ -41,7 +41,6 @@ struct ReplicaTable {
       batch_tokens_max, kv_tokens_max, running, waiting, kv_blocks_free, reported_at, last_dispatch;
   std::vector<double> fixed_ns, input_token_ns, output_token_ns, output_seq_ns, slowdown;
   std::size_t size() const { return replica.size(); }
-  std::size_t find(std::int64_t id) const;  // size() when absent
   void move_row_to(std::size_t row, ReplicaTable& other);
   void erase(std::size_t row);
 };
@@ -158,7 +157,6 @@ class Mechanism {
   std::int64_t wakeup_at() const { return wakeup_at_; }
 
   Pool& pool(std::size_t index) { return *pools_.at(index); }
-  Pool& pool_now(std::size_t index);  // with device_in_flight brought up to date
   std::size_t pools() const { return pools_.size(); }
   std::size_t queued() const;
   std::size_t in_flight() const { return in_flight_.size(); }
@@ -177,6 +175,7 @@ class Mechanism {
     std::size_t row;
   };
 
+  [[noreturn]] void refuse_nan(const Pool& pool, std::int64_t task, const double* scores, std::int64_t now) const;
   void decide_pool(std::int64_t now, std::size_t index, std::vector<Decision>& out);
   void speed_changed(Pool& pool);
   void score_dynamic(std::int64_t now, Pool& pool);
@@ -186,18 +185,28 @@ class Mechanism {
   void open_replicas(const Pool& pool, std::int64_t now);
   bool is_open(const Pool& pool, std::size_t r, std::int64_t now, bool urgent) const;
   void reopen(const Pool& pool, std::size_t r, std::int64_t now);
-  void refresh_devices(Pool& pool);
   void score_static(std::int64_t now, Pool& pool, std::size_t row);
   void forget(Pool& pool, std::size_t row);
   void remove_row(Pool& pool, std::size_t row);
   std::int64_t release(std::int64_t task, InFlight& flight);
-  std::pair<ReplicaTable*, std::size_t> locate(std::size_t pool, std::int64_t replica);
+  struct Place {  // of a replica
+    std::size_t pool;
+    ReplicaTable* table;
+    std::size_t row;
+  };
+  struct Device {
+    std::int64_t in_flight = 0;
+    std::vector<std::int64_t> replicas;
+  };
+  Place& place_of(std::int64_t replica);
+  void index_replicas(std::size_t pool);
+  void count_on_device(std::int64_t device, std::int64_t tasks);
 
   std::vector<std::unique_ptr<Pool>> pools_;
-  std::unordered_map<std::int64_t, std::size_t> pool_of_replica_;
+  std::unordered_map<std::int64_t, Place> places_;
   std::unordered_map<std::int64_t, std::size_t> pool_of_task_;  // queued
   std::unordered_map<std::int64_t, InFlight> in_flight_;
-  std::unordered_map<std::int64_t, std::int64_t> device_in_flight_;
+  std::unordered_map<std::int64_t, Device> devices_;
   std::shared_ptr<Order> order_;
   std::shared_ptr<Route> route_;
   std::shared_ptr<Limit> limit_;
