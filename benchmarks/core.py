@@ -59,7 +59,9 @@ def main() -> None:
 
 def decisions(figures: dict[str, float], console: Console, repeat: int) -> None:
     """Decisions per CPU-second by queue depth, decisions a step, order and implementation."""
-    table = Table("queue", "a step", "hybrid", "static order", "reference", "plane, hybrid", title="decisions per CPU-s")
+    table = Table(
+        "queue", "a step", "hybrid", "static order", "reference", "plane, hybrid", title="decisions per CPU-s"
+    )
     for queue in QUEUES:
         for per_step in PER_STEP:
             if per_step > queue * 8:
@@ -67,7 +69,9 @@ def decisions(figures: dict[str, float], console: Console, repeat: int) -> None:
             steps = max(200_000 // (per_step * 8 + queue), 3)
             rows = {
                 "decisions_per_cpu_s_": best(repeat, mechanism_rate, "hybrid", "native", queue, per_step, steps),
-                "decisions_per_cpu_s_static_": best(repeat, mechanism_rate, "slo_aware", "native", queue, per_step, steps),
+                "decisions_per_cpu_s_static_": best(
+                    repeat, mechanism_rate, "slo_aware", "native", queue, per_step, steps
+                ),
                 "decisions_per_cpu_s_reference_": mechanism_rate(
                     "hybrid", "reference", queue, per_step, max(steps // 200, 2)
                 ),
@@ -128,9 +132,7 @@ def plane_rate(policy: str, queue: int, per_step: int, steps: int) -> float:
         due = now + SECOND
         return RequestArrived(request, "chat", 0, f"t{request % TENANTS}", 0, 512, 128, now, due, due + SECOND)
 
-    first: list[AnyEvent] = [
-        ReplicaJoined(r, "llm", 0, r, "node", slots, 1 << 40, 0, *COSTS) for r in range(REPLICAS)
-    ]
+    first: list[AnyEvent] = [ReplicaJoined(r, "llm", 0, r, "node", slots, 1 << 40, 0, *COSTS) for r in range(REPLICAS)]
     first += [arrived(1) for _ in range(queue + REPLICAS * slots)]
     flying: deque[int] = deque()
     decided = spent = 0
@@ -216,7 +218,9 @@ def simulate(requests: int) -> dict[str, float]:
 
 
 def child(measure: Callable[[int], dict[str, float]], argument: int) -> dict[str, float]:
-    code = f"import json, runpy; m = runpy.run_path({__file__!r}); print(json.dumps(m[{measure.__name__!r}]({argument})))"
+    code = (
+        f"import json, runpy; m = runpy.run_path({__file__!r}); print(json.dumps(m[{measure.__name__!r}]({argument})))"
+    )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return measured

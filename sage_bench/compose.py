@@ -135,7 +135,9 @@ def shared_devices(config: RunConfig) -> list[int]:
 def make(group: str, node: Mapping[str, Any], **given: Any) -> Any:
     """Instantiate one group's ``_target_``. A wrong target, key or value is a ConfigError that names the group."""
     if "_target_" not in node:
-        raise ConfigError(f"{group}: has no _target_; choose one with {group}=NAME (see `sage run --info defaults-tree`)")
+        raise ConfigError(
+            f"{group}: has no _target_; choose one with {group}=NAME (see `sage run --info defaults-tree`)"
+        )
     plain = {**node, "_convert_": "all"}  # else nested dataclasses arrive as OmegaConf nodes
     try:
         if not given:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
 import msgspec
 from hydra import compose, initialize_config_module
@@ -17,11 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sage_core.errors import ConfigError
+from sage_core.units import SECONDS_MAX
 from sage_sim.faults import Fault
 from sage_sim.network import NetworkConfig
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=SECONDS_MAX)]
+Usd = Annotated[float, msgspec.Meta(ge=0)]
+FolderName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -74,7 +77,7 @@ class DeviceConfig(_Strict, frozen=True):
     llm: LlmConfig | None = None
     embed: EmbedConfig | None = None
     operator: OperatorConfig | None = None
-    price_per_h: Seconds | None = None  # USD, of one device
+    price_per_h: Usd | None = None  # USD, of one device
 
 
 class ClusterConfig(_Strict, frozen=True):
@@ -90,7 +93,7 @@ class DriverConfig(_Strict, frozen=True):
     """What pumps the plane."""
 
     kind: Literal["sim"] = "sim"
-    until_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    until_s: Annotated[float, msgspec.Meta(gt=0, le=SECONDS_MAX)] | None = None
 
 
 class PipelineConfig(_Strict, frozen=True):
@@ -109,13 +112,13 @@ class RecordConfig(_Strict, frozen=True):
 class RunConfig(_Strict, frozen=True):
     """Everything about one run."""
 
-    name: str
+    name: FolderName
     seed: Annotated[int, msgspec.Meta(ge=0)]
     warmup_s: Seconds
     cooldown_s: Seconds
     mechanism: Literal["native", "reference"]
     attempts_max: Positive
-    results: str
+    results: Annotated[str, msgspec.Meta(min_length=1)]
     record: RecordConfig
     driver: DriverConfig
     cluster: ClusterConfig
@@ -144,35 +147,73 @@ def checked(config: DictConfig | dict[str, Any]) -> tuple[RunConfig, dict[str, A
         raise ConfigError(_explain(str(error), plain)) from error
 
 
+def override_hint(key: str) -> str | None:
+    """What to say about an override of ``key``, which is not in the composed configuration; None where nothing is known.
+
+    Hydra's own advice (append it with ``+``) is wrong for a misspelt key, which the schema then refuses.
+    """
+    parent, _, name = re.sub(r"\.(\d+)", r"[\1]", key).rpartition(".")
+    known = _fields_at(parent or TOP)
+    return None if not known or name in known else f"unknown key {name!r} at {parent or TOP}{_near(name, known)}"
+
+
+TOP: Final = "the top level"
+
+
 def _explain(message: str, plain: dict[str, Any]) -> str:
-    """msgspec's message with the path first, and the nearest known key for an unknown one."""
+    """msgspec's message with the path first, what was there, and the nearest known key for an unknown one."""
     text, _, path = message.partition(" - at `$")
-    key = path.rstrip("`").lstrip(".") or "the top level"
+    key = path.rstrip("`").lstrip(".") or TOP
     if unknown := re.match(r"Object contains unknown field `(.+)`", text):
-        known = _fields_at(key)
-        near = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}" if known else ""
-        return f"config: unknown key {unknown[1]!r} at {key}{hint}"
+        return f"config: unknown key {unknown[1]!r} at {key}{_near(unknown[1], _fields_at(key))}"
+    if text.startswith("Object missing"):
+        return f"config: {key}: {text[0].lower()}{text[1:]}"
+    got = _value_at(plain, key)
+    parent, _, name = key.rpartition(".")
+    kind = _STRUCTS.get(_any_index(parent or TOP))
+    if kind is not None and text.startswith("Invalid enum value"):
+        return f"config: {key}: expected one of {', '.join(get_args(get_type_hints(kind)[name]))}, got {got!r}"
+    if "matching regex" in text:
+        text = "expected a plain folder name (letters, digits, and . _ + - after the first)"
+    if text.startswith("Expected"):
+        text = f"{text}, got {got!r}"
     return f"config: {key}: {text[0].lower()}{text[1:]}"
+
+
+_STRUCTS: Final[dict[str, type]] = {
+    TOP: RunConfig,
+    "record": RecordConfig,
+    "driver": DriverConfig,
+    "cluster": ClusterConfig,
+    "pipeline": PipelineConfig,
+    "cluster.devices[...]": DeviceConfig,
+    "cluster.devices[...].llm": LlmConfig,
+    "cluster.devices[...].embed": EmbedConfig,
+    "cluster.devices[...].operator": OperatorConfig,
+    "cluster.network": NetworkConfig,
+    "cluster.faults[...]": Fault,
+}
+"""The struct that each path of the configuration leads to."""
+
+
+def _any_index(path: str) -> str:
+    return re.sub(r"\[\d+\]", "[...]", path)
 
 
 def _fields_at(path: str) -> list[str]:
     """Keys of the struct that a path such as ``cluster.devices[0].llm`` leads to."""
-    kinds: dict[str, type] = {
-        "the top level": RunConfig,
-        "record": RecordConfig,
-        "driver": DriverConfig,
-        "cluster": ClusterConfig,
-        "pipeline": PipelineConfig,
-        "cluster.devices[...]": DeviceConfig,
-        "cluster.devices[...].llm": LlmConfig,
-        "cluster.devices[...].embed": EmbedConfig,
-        "cluster.devices[...].operator": OperatorConfig,
-        "cluster.network": NetworkConfig,
-        "cluster.faults[...]": Fault,
-    }
-    kind = kinds.get(re.sub(r"\[\d+\]", "[...]", path))
-    if kind is None:
-        return []
+    kind = _STRUCTS.get(_any_index(path))
     fields = getattr(kind, "__struct_fields__", None) or getattr(kind, "__dataclass_fields__", {})
     return list(fields)
+
+
+def _near(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}" if known else ""
+
+
+def _value_at(plain: Any, path: str) -> Any:
+    """What stands at a path such as ``cluster.devices[0].count``."""
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
+        plain = plain[int(index)] if index else plain[key]
+    return plain

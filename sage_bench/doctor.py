@@ -212,7 +212,9 @@ def _satisfied(requirement: Requirement) -> bool:
 def _existing(path: Path) -> Path:
     """``path``, or the nearest folder above it that exists."""
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))  # unlike Path.exists, never raises
+    return next(
+        folder for folder in (path, *path.parents) if os.path.exists(folder)
+    )  # unlike Path.exists, never raises
 
 
 def _first_line(command: str, *arguments: str) -> str | None:

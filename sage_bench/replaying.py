@@ -96,5 +96,3 @@ def _truth(parts: Parts) -> Any:
         return lengths[request]
 
     return lookup
-
-

@@ -23,7 +23,10 @@ from sage_bench.results.writer import output_error
 from sage_bench.tables import DETAILED_MAX, definitions, has, part, sheets
 
 WIDTH: Final = 100
-"""Columns of the printed tables."""
+"""Columns that the printed tables try to fit."""
+
+NAME_WIDTH: Final = 20
+"""What a policy's name gets at least; longer ones are folded."""
 
 _WORDS: Final = ("condition", "policy", "metric", "verdict")
 
@@ -35,10 +38,15 @@ def show(summary: Summary, console: Console) -> None:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
         for column in sheet.columns:
             words = column in _WORDS
-            table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+            least = NAME_WIDTH if column == "policy" else None
+            table.add_column(
+                column, justify="left" if words else "right", overflow="fold", no_wrap=not words, min_width=least
+            )
         for row in sheet.rows:
             table.add_row(*(_plain(cell) for cell in row))
-        console.print(table, width=WIDTH)
+        # A table that needs more gets more: a terminal may wrap it, but no digit is cropped.
+        needed = console.measure(table, options=console.options.update(max_width=400)).maximum
+        console.print(table, width=max(WIDTH, needed), crop=False)
     console.print()
     for text in (*definitions(), *(f"Note: {note}" for note in summary.notes)):
         console.print(_plain(text), width=WIDTH, style="dim")

@@ -41,7 +41,6 @@ _QUEUEING: Final = (
     "jain_slo",
 )
 _WAITING: Final = (
-    "queue_ns_mean",
     "queue_ns_p50",
     "queue_ns_p95",
     "queue_ns_p99",
@@ -58,7 +57,7 @@ _LATENCIES: Final = (
     "e2e_ns_p95",
     "e2e_ns_p99",
 )
-_WITH_INTERVAL: Final = {*_SERVICE, "ttft_ns_p95", "e2e_ns_p95", "queue_depth_mean", "jain_slo"}
+_WITH_INTERVAL: Final = {*_SERVICE, "ttft_ns_p95", "e2e_ns_p95", "queue_depth_mean"}
 """Printed with their intervals; those of the others are in means.csv."""
 
 
@@ -120,7 +119,11 @@ def part(table: pd.DataFrame, condition: Condition) -> pd.DataFrame:
 
 def _policies(summary: Summary, condition: Condition) -> Iterator[Sheet]:
     of = part(summary.means, condition)
-    for title, wanted in (("", _SERVICE), (": queueing and fairness", _QUEUEING), (": time queued, and in the plane", _WAITING)):
+    for title, wanted in (
+        ("", _SERVICE),
+        (": queueing and fairness", _QUEUEING),
+        (": time queued, and in the plane", _WAITING),
+    ):
         names = [name for name in wanted if has(of, ALL, name)]
         rows = [
             [policy, str(len(runs)), *(_cell(of, policy, ALL, name) for name in names)]

@@ -42,12 +42,15 @@ class Chain:
 
     def step(self, now: int, events: Sequence[AnyEvent], commands: Sequence[AnyCommand]) -> Step:
         """The log entry of this step; advances the chain."""
-        encoded = _encode(events)
+        return self.encoded_step(now, _encode(events), commands)
+
+    def encoded_step(self, now: int, events: bytes, commands: Sequence[AnyCommand]) -> Step:
+        """The same for events as they were recorded: two encodings of one number are not the same log."""
         digest = _blake2b(
-            b"".join((self.digest, now.to_bytes(8, "little"), encoded, _encode(commands))), digest_size=DIGEST_BYTES
+            b"".join((self.digest, now.to_bytes(8, "little"), events, _encode(commands))), digest_size=DIGEST_BYTES
         ).digest()
         self.digest = digest
-        return Step(now, encoded, digest)
+        return Step(now, events, digest)
 
 
 def decode_events(step: int, events: bytes) -> tuple[AnyEvent, ...]:

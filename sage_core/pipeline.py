@@ -127,7 +127,9 @@ class Pipeline:
         """The execution plan as text: one line a stage, deterministic."""
         lines = [f"pipeline {self.name}"]
         for stage in self.stages:
-            inputs = ", ".join("request" if i == REQUEST_INPUT else f"{self.stages[i].op.name}#{i}" for i in stage.inputs)
+            inputs = ", ".join(
+                "request" if i == REQUEST_INPUT else f"{self.stages[i].op.name}#{i}" for i in stage.inputs
+            )
             constants = "".join(f" {key}={value}" for key, value in stage.constants.items())
             mark = "  -> response" if stage.index == self.output else ""
             lines.append(f"  {stage.op.name}#{stage.index} on {stage.op.pool}({inputs}){constants}{mark}")

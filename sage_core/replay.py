@@ -29,7 +29,11 @@ class Divergence:
         if self.error is not None:
             return f"step {self.step} at {self.now} ns cannot be taken: {self.error}"
         return "\n".join(
-            [head, *(f"  event   {event}" for event in self.events), *(f"  command {command}" for command in self.commands)]
+            [
+                head,
+                *(f"  event   {event}" for event in self.events),
+                *(f"  command {command}" for command in self.commands),
+            ]
         )
 
 
@@ -53,9 +57,7 @@ def replay(log: Iterable[Step], plane: ControlPlane) -> Replayed:
         except Exception as error:  # whatever a changed log, another policy or our own defect makes of it
             parted = Divergence(number, step.now, step.digest, b"", events, (), f"{type(error).__name__}: {error}")
             return Replayed(number, chain.digest, parted)
-        actual = chain.step(step.now, events, commands).digest
+        actual = chain.encoded_step(step.now, step.events, commands).digest
         if actual != step.digest:
-            return Replayed(
-                number, actual, Divergence(number, step.now, step.digest, actual, events, tuple(commands))
-            )
+            return Replayed(number, actual, Divergence(number, step.now, step.digest, actual, events, tuple(commands)))
     return Replayed(number, chain.digest, None)

@@ -28,6 +28,9 @@ MICROSECOND: Final = 1_000
 MILLISECOND: Final = 1_000_000
 SECOND: Final = 1_000_000_000
 
+SECONDS_MAX: Final = 1e9
+"""Longest span a user may set, in seconds (31 years): a few of them together still fit int64 nanoseconds."""
+
 TASK_BITS: Final = 16
 """Tasks a request may create over its life, retries included: 2**16."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sage_core.errors import ConfigError
+from sage_core.units import SECONDS_MAX
 
 KINDS = ("crash", "drain")
 
@@ -24,5 +25,7 @@ class Fault:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"fault.kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not 0 <= self.at_s < float("inf") or (self.restart_after_s is not None and not self.restart_after_s >= 0):
-            raise ConfigError(f"fault: at_s and restart_after_s must be seconds from 0, got {self!r}")
+        for name in ("at_s", "restart_after_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= SECONDS_MAX:
+                raise ConfigError(f"fault.{name}: expected seconds from 0 to {SECONDS_MAX:g}, got {value!r}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sage_core.errors import ConfigError
-from sage_core.units import Nanos, seconds
+from sage_core.units import SECONDS_MAX, Nanos, seconds
 
 _CHUNK = 4096
 
@@ -22,8 +22,8 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         for name in ("delay_s", "jitter_s"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"network.{name}: expected seconds from 0, got {value!r}")
+            if not 0 <= value <= SECONDS_MAX:
+                raise ConfigError(f"network.{name}: expected seconds from 0 to {SECONDS_MAX:g}, got {value!r}")
 
 
 class Way:

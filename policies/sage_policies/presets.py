@@ -99,10 +99,11 @@ def hybrid(
     share_penalty: float = 0.5,
     predict: Predict | None = None,
     admit: Admit | None = None,
+    name: str = "hybrid",
 ) -> Policy:
     """Least laxity with demotion, fairness and anti-starvation; see ``HybridOrder`` and ``HybridLimit``.
 
-    The booleans switch ingredients off one by one. budget_s: one number, or one per kind (chat, generate, embedding).
+    The booleans switch ingredients off one by one; name tells such variants apart in results. budget_s: one number, or one per kind (chat, generate, embedding).
     """
     order = HybridOrder(
         laxity=laxity,
@@ -128,7 +129,7 @@ def hybrid(
         margin_ns=_span("margin_s", margin_s),
     )
     route: Route = PredictedFinish(share_penalty) if predicted_routing else LeastInFlight()
-    return Policy("hybrid", admit, order, route, limit, TenantQuantile() if predict is None else predict)
+    return Policy(name, admit, order, route, limit, TenantQuantile() if predict is None else predict)
 
 
 PRESETS: Final[Mapping[str, Callable[..., Policy]]] = {

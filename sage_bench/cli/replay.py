@@ -12,7 +12,9 @@ from sage_bench.replaying import replay_run
 
 def command(
     run: Annotated[Path, typer.Argument(help="A run's folder: results/<experiment>/<run id>.")],
-    policy: Annotated[str | None, typer.Option(help="Decide with this preset instead; where it parts is reported.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Decide with this preset instead; where it parts is reported.")
+    ] = None,
     mechanism: Annotated[str | None, typer.Option(help="native or reference; default: as recorded.")] = None,
     any_build: Annotated[bool, typer.Option(help="Go on although the native build is another one.")] = False,
 ) -> None:

@@ -63,5 +63,3 @@ def _tell(result: RunResult, console: Console) -> None:
 
 def _first_lines(text: str, lines: int = 12) -> str:
     return "\n".join(line for line in text.strip().splitlines()[:lines] if line.strip())
-
-

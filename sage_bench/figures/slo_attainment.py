@@ -45,7 +45,7 @@ def slo_attainment(means: pd.DataFrame) -> Figure:
         axis.set_xticks(np.arange(len(kinds)), ["all requests" if kind == ALL else kind for kind in kinds])
         axis.set_ylim(0, 105)
         axis.set_ylabel("SLO attainment (% of offered)")
-        axis.set_xlabel(SOURCES[sources[0]])
+        axis.set_xlabel(f"kind of request, {SOURCES[sources[0]]}")
         axis.grid(axis="x", visible=False)
         legend_above(figure, axis)
         return figure

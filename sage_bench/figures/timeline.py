@@ -17,7 +17,7 @@ from sage_bench.results.reader import Run, Runs
 from sage_core.errors import DataError
 from sage_core.units import SECOND
 
-SPANS: Final = (("queued", "#E69F00"), ("prefill", "#56B4E9"), ("decode", "#0072B2"), ("embedding", "#009E73"))
+SPANS: Final = (("queued", "#E69F00"), ("to first token", "#56B4E9"), ("decode", "#0072B2"), ("embedding", "#009E73"))
 
 _COLUMNS: Final = ("request", "kind", "scheduled_ns", "dispatched_ns", "first_token_ns", "ended_ns", "outcome")
 
@@ -28,10 +28,11 @@ def timeline(
     """Requests scheduled within ``span_s`` from ``start_s`` on: at most ``requests`` of them, evenly picked.
 
     By default the stretch begins at a third of the arrivals of the first run and is as long as its median end-to-end
-    latency, or longer if that is needed to find so many. Runs of one seed show the same requests. A generating request is queued until its first dispatch, in prefill
-    until its first token, then in decode; in a pipeline of several stages *prefill* is everything between. An embedding
-    is queued, then in service. A cross marks a request that ended without a response. Raises :class:`DataError` if there
-    is no request in the stretch, and for runs of different sources.
+    latency, or longer if that is needed to find so many. Runs of one seed show the same requests. A generating request
+    is queued until its first dispatch, on the way to its first token (in the engine's queue, then in prefill) until that
+    comes, then in decode; in a pipeline of several stages *to first token* is everything between. An embedding is
+    queued, then in service. A cross marks a request that ended without a response. Raises :class:`DataError` if there is
+    no request in the stretch, and for runs of different sources.
     """
     source = Runs(list(runs.values())).source()
     tables = {
@@ -80,7 +81,7 @@ def _draw(axis: Axes, rows: pd.DataFrame) -> set[str]:
     generates = (rows["kind"] != "embedding").to_numpy()
     spans = {
         "queued": (seconds["scheduled_ns"], dispatched),
-        "prefill": (dispatched, np.where(generates, np.where(np.isnan(token), ended, token), np.nan)),
+        "to first token": (dispatched, np.where(generates, np.where(np.isnan(token), ended, token), np.nan)),
         "decode": (np.where(generates, token, np.nan), ended),
         "embedding": (np.where(generates, np.nan, dispatched), ended),
     }

@@ -28,7 +28,7 @@ LATENCIES: Final = {
     "ttft_ns": ("TTFT", "scheduled arrival to first token, of the responded requests that generate"),
     "tpot_ns": ("TPOT", "(E2E - TTFT) / (output tokens - 1), of the responded requests with two output tokens or more"),
     "e2e_ns": ("E2E", "scheduled arrival to complete response, of the responded requests"),
-    "queue_ns": ("queue time", "time a request's tasks spent queued in the plane, of the dispatched requests"),
+    "queue_ns": ("queued", "time a request's tasks spent queued in the plane, of the dispatched requests"),
 }
 """Distributions. Each gives ``_mean``, ``_p50``, ``_p95``, ``_p99`` and ``_samples``."""
 

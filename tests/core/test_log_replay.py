@@ -149,6 +149,14 @@ class TestReplay:
         assert divergence.step == at + 1
         assert f"input_tokens={arrived.input_tokens + 1}" in str(divergence)
 
+    def test_another_encoding_of_the_same_number_is_another_log(self, make_plane: MakePlane, recorded: Log) -> None:
+        """Byte for byte: an unsigned 32-bit number written as a signed one reads the same, and is noticed."""
+        at = next(at for at, step in enumerate(recorded) if b"TaskFinished\xce\x00" in step.events)
+        bent = recorded[at].events.replace(b"TaskFinished\xce\x00", b"TaskFinished\xd2\x00", 1)
+        assert decode_events(at + 1, bent) == decode_events(at + 1, recorded[at].events)
+        log = [*recorded[:at], recorded[at]._replace(events=bent)]
+        assert again(make_plane, log).divergence.step == at + 1
+
     def test_a_missing_step_is_found_where_it_was(self, make_plane: MakePlane, recorded: Log) -> None:
         assert again(make_plane, recorded[:60] + recorded[61:]).divergence.step == 61
 
@@ -205,7 +213,7 @@ class TestReplay:
         with pytest.raises(DataError, match="log step 34: events cannot be decoded"):
             again(make_plane, log)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=300, deadline=None)
     @given(data=st.data())
     def test_no_changed_byte_goes_unnoticed(self, make_plane: MakePlane, recorded: Log, data: st.DataObject) -> None:
         """Any one byte of any step: the replay parts at that step, or the step cannot be read. It never agrees."""

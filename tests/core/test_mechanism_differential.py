@@ -7,6 +7,7 @@ more than one chunk of a route that is not live, and switches and departures in 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ class HashLimit:
 
 
 Call = tuple[Any, ...]
+Make = Callable[[], Any]
 
 
 def calls() -> st.SearchStrategy[list[Call]]:
@@ -304,7 +306,8 @@ def test_decisions_are_in_order_and_within_limits(static: bool, live: bool) -> N
         def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
             return np.tile(replicas.in_flight * (1.0 if live else 0.0), (len(tasks), 1))
 
-    for mechanism in (_native.Mechanism(), reference.Mechanism()):
+    pair: tuple[Any, Any] = (_native.Mechanism(), reference.Mechanism())
+    for mechanism in pair:
         mechanism.add_pool("llm", 0)
         order = HashOrder(static, 0)
         mechanism.bind(0, order, Spread(), Count())
@@ -356,21 +359,21 @@ def test_canary_a_wrong_column_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("make", [_native.Mechanism, reference.Mechanism], ids=["native", "reference"])
 class TestErrors:
-    def mechanism(self, make, order=None, route=None, limit=None):
+    def mechanism(self, make: Make, order: Any = None, route: Any = None, limit: Any = None) -> Any:
         mechanism = make()
         mechanism.add_pool("llm", 0)
         mechanism.bind(0, order or HashOrder(False, 1), route or HashRoute(True, 0.0, 1), limit or HashLimit(1))
         mechanism.join(0, 1, 0, 8, 512, 0, 0.0, 0.0, 0.0, 0.0)
         return mechanism
 
-    def row(self, task=0):
+    def row(self, task: int = 0) -> tuple[int, ...]:
         return (task, 0, 0, 0, 0, 0, 0, 0, NEVER, NEVER, 10, 5, 5, 0)
 
-    def test_nan_order_names_the_policy_and_the_task(self, make):
+    def test_nan_order_names_the_policy_and_the_task(self, make: Make) -> None:
         class Broken:
             static = False
 
-            def score(self, now, queued):
+            def score(self, now: Nanos, queued: Any) -> Any:
                 return np.full(len(queued), math.nan)
 
         mechanism = self.mechanism(make, order=Broken())
@@ -378,11 +381,11 @@ class TestErrors:
         with pytest.raises(PolicyError, match=r"order Broken: score of task 7 is NaN at now=3"):
             mechanism.decide(3)
 
-    def test_nan_route_names_task_and_replica(self, make):
+    def test_nan_route_names_task_and_replica(self, make: Make) -> None:
         class Broken:
             live, load_weight = True, 0.0
 
-            def score(self, now, tasks, replicas):
+            def score(self, now: Nanos, tasks: Any, replicas: Any) -> Any:
                 return np.full((len(tasks), len(replicas)), math.nan)
 
         mechanism = self.mechanism(make, route=Broken())
@@ -391,11 +394,11 @@ class TestErrors:
             mechanism.decide(3)
 
     @pytest.mark.parametrize("answer", [np.zeros(3), "text", None])
-    def test_wrong_shape_or_type_names_the_policy(self, make, answer):
+    def test_wrong_shape_or_type_names_the_policy(self, make: Make, answer: Any) -> None:
         class Broken:
             static = False
 
-            def score(self, now, queued):
+            def score(self, now: Nanos, queued: Any) -> Any:
                 return answer
 
         mechanism = self.mechanism(make, order=Broken())
@@ -405,9 +408,9 @@ class TestErrors:
         ):
             mechanism.decide(0)
 
-    def test_limit_of_the_wrong_length(self, make):
+    def test_limit_of_the_wrong_length(self, make: Make) -> None:
         class Broken:
-            def limit(self, now, replicas, queue):
+            def limit(self, now: Nanos, replicas: Any, queue: Any) -> Limits:
                 return Limits(*(np.zeros(2, np.int64) for _ in range(5)))
 
         mechanism = self.mechanism(make, limit=Broken())
@@ -418,11 +421,11 @@ class TestErrors:
             mechanism.decide(0)
 
     @pytest.mark.parametrize("column", [np.array([np.inf]), np.array([2.5]), ["many"], [None]], ids=str)
-    def test_a_limit_that_is_not_whole_numbers(self, make, column):
+    def test_a_limit_that_is_not_whole_numbers(self, make: Make, column: Any) -> None:
         """Infinity would be cast to the most negative number: not 'no limit', but 'nothing at all'."""
 
         class Broken:
-            def limit(self, now, replicas, queue):
+            def limit(self, now: Nanos, replicas: Any, queue: Any) -> Limits:
                 most = np.full(1, NEVER)
                 return Limits(most, most, most, column, np.zeros(1, np.int64))
 
@@ -431,11 +434,11 @@ class TestErrors:
         with pytest.raises(PolicyError, match="limit Broken: kv_tokens_max must be whole numbers"):
             mechanism.decide(0)
 
-    def test_what_a_policy_raises_reaches_its_author(self, make):
+    def test_what_a_policy_raises_reaches_its_author(self, make: Make) -> None:
         class Broken:
             static = False
 
-            def score(self, now, queued):
+            def score(self, now: Nanos, queued: Any) -> Any:
                 raise KeyError("my own mistake")
 
         mechanism = self.mechanism(make, order=Broken())
@@ -443,11 +446,11 @@ class TestErrors:
         with pytest.raises(KeyError, match="my own mistake"):
             mechanism.decide(0)
 
-    def test_views_are_read_only(self, make):
+    def test_views_are_read_only(self, make: Make) -> None:
         class Meddler:
             static = False
 
-            def score(self, now, queued):
+            def score(self, now: Nanos, queued: Any) -> Any:
                 queued.due_at[0] = 0
                 return np.zeros(len(queued))
 
@@ -456,15 +459,15 @@ class TestErrors:
         with pytest.raises(ValueError, match="read-only"):
             mechanism.decide(0)
 
-    def test_a_task_cannot_be_queued_twice(self, make):
+    def test_a_task_cannot_be_queued_twice(self, make: Make) -> None:
         mechanism = self.mechanism(make)
         mechanism.enqueue(0, 0, *self.row())
         with pytest.raises(InvariantViolation, match="invariant 3"):
             mechanism.enqueue(0, 0, *self.row())
 
-    def test_unknown_subjects(self, make):
+    def test_unknown_subjects(self, make: Make) -> None:
         mechanism = self.mechanism(make)
-        for call in (
+        unknown: tuple[Callable[[], object], ...] = (
             lambda: mechanism.finished(0, 5, 1),
             lambda: mechanism.started(5),
             lambda: mechanism.dropped(5),
@@ -472,6 +475,7 @@ class TestErrors:
             lambda: mechanism.leave(9),
             lambda: mechanism.report(9, 0, 0, 0, 0),
             lambda: mechanism.join(0, 1, 0, 8, 512, 0, 0.0, 0.0, 0.0, 0.0),
-        ):
+        )
+        for call in unknown:
             with pytest.raises(IllegalEvent):
                 call()
