@@ -56,7 +56,7 @@ lint-style: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 lint-types: install
-	$(BIN)/mypy --strict $(PACKAGES) tools
+	$(BIN)/mypy --strict $(PACKAGES) tools benchmarks
 # -S: read the packages where they are written. The finder of the editable install shows the parent of conf/, which is
 # this whole folder, as a part of sage_bench.
 lint-layers: install
@@ -101,11 +101,12 @@ install: $(VENV)/.installed
 
 # Again when the project file or anything native changes; new Python and YAML files are seen without it.
 $(VENV)/.installed: $(VENV)/.tools CMakeLists.txt $(NATIVE)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@$(BIN)/python -c 'import sage_core._native'
 	@touch $@
 
-# The editable install builds without isolation, so that its native build stays in .sage/build and the next is quick.
+# The editable install builds without isolation, so that its native build stays in .sage/build and the next is quick. Its
+# dependencies are installed before it: some are source packages that need a build environment of their own.
 $(VENV)/.tools: pyproject.toml
 	@[ -n "$(PYTHON)" ] || { echo "make: Python 3.11 or later is needed and none is on PATH; on Debian: sudo tools/install-debian.sh; elsewhere: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@command -v $(CXX) >/dev/null || { echo "make: a C++20 compiler is needed and $(CXX) is not on PATH; on Debian: sudo tools/install-debian.sh; elsewhere: make CXX=clang++" >&2; exit 2; }
@@ -113,6 +114,6 @@ $(VENV)/.tools: pyproject.toml
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "make: $(PYTHON) has no Python.h, which the native module is built against; on Debian: sudo tools/install-debian.sh" >&2; exit 2; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): build requirements, the package, developer tools (minutes the first time)"
-	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $(VENV)/build-requires.txt
-	$(BIN)/python -m pip install --quiet --upgrade pip cmake ninja -r $(VENV)/build-requires.txt
+	@$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb')); print(*project['build-system']['requires'], *project['project']['dependencies'], *project['project']['optional-dependencies']['dev'], sep='\n')" > $(VENV)/requires.txt
+	$(BIN)/python -m pip install --quiet cmake ninja -r $(VENV)/requires.txt
 	@touch $@

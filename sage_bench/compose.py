@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from sage_bench.config import DeviceConfig, EmbedConfig, LlmConfig, RunConfig
 from sage_core.errors import ConfigError, SageError
@@ -25,6 +27,9 @@ from sage_sim.operator import OperatorDevice, OperatorReplica
 from sage_sim.profile import Profile, load_profile
 
 TruthOf = Callable[[int], int]
+
+REPORT_INTERVAL_S_MIN: Final = 0.001
+"""Scraping faster is a mistake in the units: the run would do little else."""
 
 
 @dataclass(slots=True)
@@ -145,15 +150,31 @@ def make(group: str, node: Mapping[str, Any], **given: Any) -> Any:
         # As a partial: Hydra would merge ``given`` into the configuration and turn its dataclasses into dicts.
         return instantiate(plain, _partial_=True)(**given)
     except TypeError as error:  # an unknown or missing key; Hydra reports its own calls as InstantiationException
-        raise ConfigError(f"{group}: {node['_target_']} cannot be made: {error}") from error
+        raise ConfigError(_cannot_make(group, node["_target_"], error)) from error
     except InstantiationException as error:
-        cause = error.__cause__
-        while cause is not None and not isinstance(cause, SageError) and cause.__cause__ is not None:
+        cause: BaseException = error
+        while not isinstance(cause, SageError) and cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, SageError):
             raise cause from None
-        detail = cause if cause is not None else str(error).splitlines()[0]
-        raise ConfigError(f"{group}: {node['_target_']} cannot be made: {detail}") from error
+        raise ConfigError(_cannot_make(group, node["_target_"], cause)) from error
+
+
+def _cannot_make(group: str, target: object, cause: BaseException) -> str:
+    """Why ``target`` could not be found or called, and what to do."""
+    why = str(cause).splitlines()[0] if isinstance(cause, InstantiationException) else f"{type(cause).__name__}: {cause}"
+    if isinstance(cause, ModuleNotFoundError):
+        missing = cause.name or ""
+        owner, _, name = missing.rpartition(".")
+        if "is not a package" in str(cause):
+            why = f"{owner} has no {name!r}"
+        else:
+            why = f"no module {missing!r}; modules are looked for in the working directory and among installed packages"
+    elif isinstance(cause, TypeError) and "unexpected keyword" in str(cause):
+        with contextlib.suppress(Exception):  # the hint is a courtesy: never hide the error behind one of its own
+            keys = list(inspect.signature(get_object(str(target))).parameters)
+            why = f"{cause}; {target} takes {', '.join(keys) or 'nothing'}"
+    return f"{group}: {target} cannot be made: {why}"
 
 
 def price_per_h(config: RunConfig) -> float | None:
@@ -172,8 +193,19 @@ def _profile_names(config: RunConfig) -> list[str]:
 
 
 def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
-    if not config.cluster.devices:
+    """Everything a device could refuse later, asked here, where the key is known and nothing has been written."""
+    cluster = config.cluster
+    if not cluster.devices:
         raise ConfigError("cluster.devices: expected at least one device")
+    if 0 < cluster.report_interval_s < REPORT_INTERVAL_S_MIN:
+        raise ConfigError(
+            f"cluster.report_interval_s: expected 0 (no reports) or at least {REPORT_INTERVAL_S_MIN:g}, "
+            f"got {cluster.report_interval_s:g}"
+        )
+    count = sum(group.count for group in cluster.devices)
+    for index, fault in enumerate(cluster.faults):
+        if not 0 <= fault.device < count:
+            raise ConfigError(f"cluster.faults[{index}].device: expected 0 to {count - 1}, got {fault.device}")
     for index, group in enumerate(config.cluster.devices):
         at = f"cluster.devices[{index}]"
         if group.operator is not None and (group.llm is not None or group.embed is not None):
@@ -186,6 +218,10 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
                 raise ConfigError(
                     f"{at}.{role}.profile: {engine.profile} is of kind {profiles[engine.profile].kind}, expected {wanted}"
                 )
+        try:
+            _device_maker(group, index, profiles, lambda request: 0, reference=False)(0).joined()
+        except ConfigError as error:
+            raise ConfigError(f"{at}: {error}") from error
 
 
 def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
@@ -235,6 +271,8 @@ def _llm_replica(config: LlmConfig, replica: int, profile: Profile) -> LlmReplic
     if kv_tokens is None:
         utilization = config.gpu_memory_utilization
         kv_tokens = profile.kv_tokens_max if utilization is None else profile.kv_tokens(utilization)
+    if kv_tokens < config.block_size:
+        raise ConfigError(f"kv_tokens: expected at least one block of {config.block_size} tokens, got {kv_tokens}")
     return LlmReplica(
         replica,
         config.pool,

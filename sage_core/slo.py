@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sage_core.errors import ConfigError
-from sage_core.units import NEVER, Nanos, seconds
+from sage_core.units import NEVER, SECONDS_MAX, Nanos, seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,10 @@ class Slo:
         for name in ("ttft_s", "tpot_s", "e2e_s"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value < float("inf")):
-                raise ConfigError(f"slo.{name}: expected seconds above 0 or null, got {value!r}")
+            if value is not None and not (number and 0 < value <= SECONDS_MAX):
+                raise ConfigError(
+                    f"slo.{name}: expected seconds above 0 or null, got {value!r} (at most {SECONDS_MAX:g})"
+                )
 
     def ttft_due_at(self, scheduled_at: int) -> Nanos:
         """Instant by which the first token is due, or NEVER."""

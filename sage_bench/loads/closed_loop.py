@@ -23,7 +23,7 @@ from sage_core.errors import ConfigError, IllegalEvent
 from sage_core.load import Arrival
 from sage_core.rng import Streams
 from sage_core.slo import SloTable
-from sage_core.units import SECOND, seconds
+from sage_core.units import SECOND, SECONDS_MAX, seconds
 
 AHEAD = 32  # requests drawn for a user at a time; draws do not depend on it
 QUANTITIES = ("class", "think", "tenant", "input_tokens", "output_tokens", "prefix")
@@ -44,7 +44,7 @@ class ConstantThink:
     """Always ``mean_s`` seconds; 0 asks again at once."""
 
     def __init__(self, mean_s: float = 0.0) -> None:
-        self.mean_s = number("load.think.mean_s", mean_s, 0.0)
+        self.mean_s = number("load.think.mean_s", mean_s, 0.0, 1e6)
 
     def spans_s(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.full(len(u), self.mean_s)
@@ -54,7 +54,7 @@ class ExponentialThink:
     """Exponential with mean ``mean_s`` seconds: the usual model of a person."""
 
     def __init__(self, mean_s: float) -> None:
-        self.mean_s = number("load.think.mean_s", mean_s, 0.0, above=True)
+        self.mean_s = number("load.think.mean_s", mean_s, 0.0, 1e6, above=True)
 
     def spans_s(self, u: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(-self.mean_s * np.log1p(-u))
@@ -86,7 +86,7 @@ class ClosedLoop:
         self.requests_per_user = (
             None if requests_per_user is None else whole("load.requests_per_user", requests_per_user, 1)
         )
-        self.ramp_s = number("load.ramp_s", ramp_s, 0.0)
+        self.ramp_s = number("load.ramp_s", ramp_s, 0.0, SECONDS_MAX)
         if self.think.mean_s == 0 and self.limits.requests is None and self.requests_per_user is None:
             raise ConfigError(
                 "load.requests: users who do not think (load.think.mean_s=0) and are rejected at once would ask forever "

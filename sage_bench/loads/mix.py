@@ -19,7 +19,7 @@ from sage_core.errors import ConfigError
 from sage_core.events import RequestArrived
 from sage_core.load import Arrival
 from sage_core.slo import SloTable
-from sage_core.units import NEVER, RequestKind, seconds
+from sage_core.units import NEVER, SECONDS_MAX, RequestKind, seconds
 
 Labels: TypeAlias = NDArray[Any]
 """(n,) strings as objects."""
@@ -138,7 +138,7 @@ class Limits(NamedTuple):
             raise ConfigError("load.requests, load.duration_s: set at least one, or the load never ends")
         return Limits(
             None if requests is None else whole("load.requests", requests, 1),
-            None if duration_s is None else seconds(number("load.duration_s", duration_s, 0.0, above=True)),
+            None if duration_s is None else seconds(number("load.duration_s", duration_s, 0.0, SECONDS_MAX, above=True)),
         )
 
 

@@ -378,6 +378,21 @@ class TestReplicas:
         assert (plane.live, plane.tasks_queued, plane.counts.failed) == (0, 0, 1)
         plane.check()
 
+    @pytest.mark.parametrize("mechanism", ["native", "reference"])
+    def test_a_first_token_says_that_the_prompt_has_been_read(
+        self, pipelines: dict[str, Pipeline], mechanism: str, ask: Ask, join: Join
+    ) -> None:
+        class OnePrompt:
+            def limit(self, now: Nanos, replicas: ReplicaView, queue: QueueView) -> Limits:
+                most = np.full(len(replicas), NEVER)
+                return Limits(most, most, np.full(len(replicas), 1), most, np.zeros(len(replicas), np.int64))
+
+        plane = plane_with(pipelines, mechanism, limit=OnePrompt())
+        commands = plane.step(Nanos(0), [join(0), ask(0), ask(1)])
+        assert dispatched(commands) == [(0, [task_id(0, 0)])]
+        assert dispatched(plane.step(Nanos(1), [e.TokensProduced(0, 1)])) == [(0, [task_id(1, 0)])]
+        plane.check()
+
     def test_reports_of_a_replica_that_left_are_late_not_wrong(self, plane: ControlPlane, join: Join) -> None:
         plane.step(Nanos(0), [join(0), e.ReplicaReported(0, 1, 2, 3)])
         assert plane.step(Nanos(1), [e.ReplicaLeft(0), e.ReplicaReported(0, 1, 2, 3)]) == []

@@ -25,7 +25,7 @@ from sage_core.load import Arrival
 from sage_core.log import Step
 from sage_core.pipeline import Docs, Pipeline, Text, Value, Vector, Work, op, single_request_pipelines, trace
 from sage_core.plane import ControlPlane
-from sage_core.policy import Policy
+from sage_core.policy import Limits, Policy
 from sage_core.replay import replay
 from sage_core.rng import Streams
 from sage_core.units import MILLISECOND, NEVER, SECOND, Nanos, PoolKind, request_of
@@ -301,6 +301,18 @@ class TestByHand:
         run = Run(Script([(0, 1, "fan")]), *servers, network=NetworkConfig(0.001)).go()
         assert run.responded_at() == {0: (1 + 5 + 1 + 1 + 7 + 1) * MS}
 
+    def test_work_that_is_held_back_leaves_when_its_time_comes_though_nothing_else_happens(self) -> None:
+        fifo = preset("fifo")
+
+        class Hold:
+            def limit(self, now: Nanos, replicas: Any, queue: Any) -> Limits:
+                most = np.full(len(replicas), NEVER)
+                return Limits(most, most, most, most, np.full(len(replicas), queue.oldest_queued_at + 3 * MS))
+
+        policies = {"hold": lambda: Policy("hold", None, fifo.order, fifo.route, Hold(), fifo.predict)}
+        run = Run(Script([(5 * MS, MS), (6 * MS, MS)]), policy="hold", policies=policies).go()
+        assert [(now, len(command.tasks)) for now, command in run.all(Dispatch)] == [(8 * MS, 2)]
+
     def test_reports_are_as_old_as_the_network_makes_them(self) -> None:
         load = Script([(0, 25 * MS)])
         run = Run(load, report_interval_s=0.01, network=NetworkConfig(0.001)).go()
@@ -424,6 +436,11 @@ class TestFaults:
         assert run.all(e.ReplicaLeft)[0][0] == 15 * MS
         assert run.driver.counts.retries == 1
         assert run.responded_at() == {0: (15 + 10 + 4 + 10) * MS}
+
+    def test_it_is_lost_even_if_the_device_is_back_before_it_would_have_come(self) -> None:
+        faults = [Fault(0.015, 0, restart_after_s=0.001)]
+        run = Run(Script([(0, 4 * MS)]), {}, faults=faults, network=NetworkConfig(0.01)).go()
+        assert [now for now, _ in run.all(e.TaskFinished)] == [(16 + 10 + 4 + 10) * MS]
 
     def test_a_drained_device_ends_what_it_has_and_leaves(self) -> None:
         run = Run(self.load(), {}, {}, faults=[Fault(0.202, 0, "drain")]).go()
