@@ -11,7 +11,7 @@ from typing import Any, Final
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 
-from sage_bench.config import DeviceConfig, EmbedConfig, LlmConfig, RunConfig
+from sage_bench.config import NAME, DeviceConfig, EmbedConfig, LlmConfig, RunConfig
 from sage_core.errors import ConfigError, SageError
 from sage_core.load import Load
 from sage_core.pipeline import Pipeline, single_request_pipelines
@@ -70,9 +70,9 @@ def make_parts(config: RunConfig) -> Parts:
     )
 
 
-def make_plane(parts: Parts, truth: TruthOf | None = None) -> ControlPlane:
+def make_plane(config: RunConfig, truth: TruthOf | None = None) -> ControlPlane:
     """A fresh control plane. ``truth``: for the oracle predictor only."""
-    config = parts.config
+    chosen = make_policy(config).name
     policies: dict[str, Callable[[], Policy]] = {name: lambda name=name: preset(name) for name in PRESETS}  # type: ignore[misc]
 
     def active() -> Policy:
@@ -81,11 +81,11 @@ def make_plane(parts: Parts, truth: TruthOf | None = None) -> ControlPlane:
             policy.predict.bind(truth)
         return policy
 
-    policies[parts.policy.name] = active
+    policies[chosen] = active
     return ControlPlane(
-        parts.pipelines,
+        single_request_pipelines(),
         policies,
-        parts.policy.name,
+        chosen,
         attempts_max=config.attempts_max,
         mechanism=config.mechanism,
     )
@@ -105,7 +105,7 @@ def make_driver(parts: Parts, record: Recorder | None = None) -> SimDriver:
         for _ in range(group.count):
             devices.append(_device_maker(group, len(devices), parts.profiles, truth, config.mechanism == "reference"))
     driver = SimDriver(
-        make_plane(parts, truth),
+        make_plane(config, truth),
         parts.load,
         devices,
         parts.streams,
@@ -124,6 +124,11 @@ def make_policy(config: RunConfig) -> Policy:
     if node.get("_target_") == "sage_policies.presets.separate" and not node.get("shared_devices"):
         node["shared_devices"] = shared_devices(config)
     policy = make("policy", node)
+    if isinstance(policy, Policy) and not NAME.fullmatch(policy.name):
+        raise ConfigError(
+            f"policy: {node.get('_target_')} names itself {policy.name!r}; expected a plain folder name, because results "
+            "go by it"
+        )
     if not isinstance(policy, Policy):
         raise ConfigError(
             f"policy._target_: {node.get('_target_')} must return a sage_core.policy.Policy, got {type(policy).__name__}"
@@ -206,8 +211,14 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
     for index, fault in enumerate(cluster.faults):
         if not 0 <= fault.device < count:
             raise ConfigError(f"cluster.faults[{index}].device: expected 0 to {count - 1}, got {fault.device}")
+    kinds: dict[str, str] = {}
     for index, group in enumerate(config.cluster.devices):
         at = f"cluster.devices[{index}]"
+        for engine_kind, engine in (("llm", group.llm), ("embedding", group.embed), ("operator", group.operator)):
+            if engine is not None and kinds.setdefault(engine.pool, engine_kind) != engine_kind:
+                raise ConfigError(
+                    f"{at}: pool {engine.pool!r} has {kinds[engine.pool]} replicas, so no {engine_kind} replica can join it"
+                )
         if group.operator is not None and (group.llm is not None or group.embed is not None):
             raise ConfigError(f"{at}: operator workers and engines do not share a device; list them apart")
         if group.operator is None and group.llm is None and group.embed is None:

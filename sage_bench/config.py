@@ -24,7 +24,10 @@ from sage_sim.network import NetworkConfig
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=SECONDS_MAX)]
 Usd = Annotated[float, msgspec.Meta(ge=0)]
-FolderName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+"""What results may be called: a plain folder name."""
+
+FolderName = Annotated[str, msgspec.Meta(pattern=rf"^{NAME.pattern}\Z")]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -174,7 +177,7 @@ def _explain(message: str, plain: dict[str, Any]) -> str:
     if kind is not None and text.startswith("Invalid enum value"):
         return f"config: {key}: expected one of {', '.join(get_args(get_type_hints(kind)[name]))}, got {got!r}"
     if "matching regex" in text:
-        text = "expected a plain folder name (letters, digits, and . _ + - after the first)"
+        text = "Expected a plain folder name (letters, digits, and . _ + - after the first)"
     if text.startswith("Expected"):
         text = f"{text}, got {got!r}"
     return f"config: {key}: {text[0].lower()}{text[1:]}"

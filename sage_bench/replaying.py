@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from sage_bench.compose import Parts, make_parts, make_plane
+from sage_bench.compose import Parts, make_parts, make_plane, make_policy
 from sage_bench.config import checked
 from sage_bench.results.manifest import Manifest, read_manifest
 from sage_bench.results.schema import STEPS
@@ -38,8 +38,9 @@ def replay_run(
     config, _ = checked(plain)
     if config.mechanism == "native" and not any_build:
         _same_build(manifest)
-    parts = make_parts(config)
-    plane = make_plane(parts, _truth(parts) if isinstance(parts.policy.predict, Oracle) else None)
+    # The log is enough: neither the load's trace nor a profile has to be where it was. Only the oracle needs the load.
+    oracle = isinstance(make_policy(config).predict, Oracle)
+    plane = make_plane(config, _truth(make_parts(config)) if oracle else None)
     replayed = replay(read_log(folder / "steps.parquet"), plane)
     if replayed.divergence is not None:
         raise ReplayDivergence(f"{folder}: replay diverged at {replayed.divergence}")

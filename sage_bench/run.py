@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import yaml
 from omegaconf import DictConfig
 
@@ -30,6 +34,7 @@ from sage_sim.driver import Finish, SimDriver
 from sage_sim.profile import PROFILES
 
 CONFIG_NAME = "config.yaml"
+REASONS_TOLD = 3
 
 Tick = Callable[[int, ControlPlane], None]
 
@@ -116,7 +121,8 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
                 price_per_h=price_per_h(config),
                 counts={name: getattr(counts, name) for name in counts.__dataclass_fields__},
             )
-    return RunResult(folder, config, counts, finish, parts.warnings, time.perf_counter() - wall)
+    warnings = parts.warnings + (_why_failed(folder, parts) if counts.failed and not finish.interrupted else [])
+    return RunResult(folder, config, counts, finish, warnings, time.perf_counter() - wall)
 
 
 def run_id(parts: Parts, plain: dict[str, Any]) -> str:
@@ -143,6 +149,23 @@ def _cooldown_at(parts: Parts) -> int:
     if not parts.config.cooldown_s or until is None:
         return NEVER
     return max(until - seconds(parts.config.cooldown_s), 0)
+
+
+def _why_failed(folder: Path, parts: Parts) -> list[str]:
+    """The reasons requests failed for, most frequent first, and pools that nothing serves."""
+    reasons = pq.read_table(folder / "requests.parquet", columns=["outcome", "reason"])
+    failed = reasons.filter(pc.equal(reasons["outcome"].cast(pa.string()), "failed"))["reason"].cast(pa.string())
+    found = collections.Counter(failed.to_pylist())
+    served = {
+        engine.pool
+        for group in parts.config.cluster.devices
+        for engine in (group.llm, group.embed, group.operator)
+        if engine is not None
+    }
+    needed = {stage.op.pool for pipeline in parts.pipelines.values() for stage in pipeline.stages}
+    return [f"{count:,} requests failed: {reason}" for reason, count in found.most_common(REASONS_TOLD)] + [
+        f"no device serves pool {pool!r} (cluster.devices)" for pool in sorted(needed - served)
+    ]
 
 
 def _trace(parts: Parts) -> Path | None:

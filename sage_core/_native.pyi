@@ -96,6 +96,7 @@ class HybridLimit(Limit):
         embedding_batches: bool,
         window_ns: int,
         margin_ns: int,
+        starvation_ns: int,
     ) -> None: ...
 
 # One part on its own, for tests and tools; `pool` is the index that add_pool gave.

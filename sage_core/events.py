@@ -84,7 +84,7 @@ class ReplicaJoined(Event, frozen=True):
     device: int  # replicas with the same device share it
     node: str
     tasks_max: int  # concurrency of the engine: max_num_seqs, or tasks per embedding batch, or CPU workers
-    batch_tokens_max: int  # token budget of an iteration or an embedding batch
+    batch_tokens_max: int  # token budget of an iteration or an embedding batch; 0 for CPU workers
     kv_tokens_max: int = 0  # KV-cache capacity in tokens; 0 = not applicable
     fixed_ns: float = 0.0
     input_token_ns: float = 0.0

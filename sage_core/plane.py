@@ -14,16 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from sage_core import events as e
 from sage_core.commands import AnyCommand, Cancel, Dispatch, Fail, Reject, Respond, Task
-from sage_core.errors import ConfigError, IllegalEvent, InvariantViolation, PolicyError
+from sage_core.errors import ConfigError, IllegalEvent, InvariantViolation, PolicyError, SageError
 from sage_core.executor import Run
 from sage_core.lifecycle import REPLICA, REQUEST, TASK, ReplicaState, RequestState, TaskState, advance
 from sage_core.ops import MechanismName, make_mechanism
 from sage_core.pipeline import Pipeline, Stage
-from sage_core.policy import Policy, native_twin
+from sage_core.policy import Policy, native_twin, raised
 from sage_core.reference import checked, part_name
 from sage_core.units import TASK_BITS, Nanos, PoolKind, RequestKind, request_of, task_id
 
@@ -136,14 +136,24 @@ class ControlPlane:
             if handler is None:
                 raise IllegalEvent(f"not an event: {event!r}")
             handler(now, event, commands)
-        if self._arrivals:
-            if self._policy.admit is not None:
-                self._admit(now, commands)
-            self._arrivals.clear()
-        decisions = self._mechanism.decide(now)
+        try:
+            if self._arrivals:
+                if self._policy.admit is not None:
+                    self._admit(now, commands)
+                self._arrivals.clear()
+            decisions = self._mechanism.decide(now)
+        except Exception as error:
+            self._blame(error)
         if decisions:
             self._dispatch(decisions, commands)
         return commands
+
+    def _blame(self, error: Exception) -> NoReturn:
+        """Raise what came up while the policy was asked: as a PolicyError if it is the author's, else as it is."""
+        theirs = None if isinstance(error, SageError) else raised(self._policy.name, error)
+        if theirs is None:
+            raise error
+        raise theirs from error
 
     @property
     def wakeup_at(self) -> Nanos:
@@ -289,9 +299,18 @@ class ControlPlane:
         input_tokens, output_tokens_max = request.run.work(stage, arrived.output_tokens_max)
         predicted = 0
         if output_tokens_max:
-            predicted = self._policy.predict.predict(
-                arrived.request, arrived.tenant, arrived.kind, input_tokens, output_tokens_max
-            )
+            predict = self._policy.predict
+            try:
+                predicted = predict.predict(
+                    arrived.request, arrived.tenant, arrived.kind, input_tokens, output_tokens_max
+                )
+            except Exception as error:
+                self._blame(error)
+            if type(predicted) is not int or not 0 <= predicted <= TOKENS_MAX:
+                raise PolicyError(
+                    f"predict {predict.name}: expected a whole number of tokens (int, not a NumPy or float number) from "
+                    f"0 to {TOKENS_MAX}, got {predicted!r}"
+                )
         spec = Task(task, stage.index, attempt, arrived.priority, now, input_tokens, output_tokens_max, arrived.prefix)
         request.tasks.append(task)
         self._tasks[task] = _Task(spec, pool)
@@ -363,7 +382,10 @@ class ControlPlane:
         request = self._requests[number]
         request.tasks.remove(event.task)
         if held.spec.output_tokens_max:
-            self._policy.predict.observe(request.arrived.tenant, request.arrived.kind, event.output_tokens)
+            try:
+                self._policy.predict.observe(request.arrived.tenant, request.arrived.kind, event.output_tokens)
+            except Exception as error:
+                self._blame(error)
         for stage in request.run.finished(held.spec.stage, event.output_tokens):
             self._queue(now, request, stage, 0)
         if request.run.done:
@@ -400,7 +422,9 @@ class ControlPlane:
         return self._pools[name]
 
     def _on_joined(self, now: Nanos, event: e.ReplicaJoined, commands: list[AnyCommand]) -> None:
-        if event.tasks_max < 1 or event.batch_tokens_max < 1:
+        # CPU workers have no token budget; a figure of 0 says so.
+        budget_min = 0 if event.pool_kind == PoolKind.OPERATOR else 1
+        if event.tasks_max < 1 or event.batch_tokens_max < budget_min:
             raise IllegalEvent(f"replica {event.replica}: tasks_max and batch_tokens_max must be from 1, got {event!r}")
         if event.replica in self._replicas:
             raise IllegalEvent(f"replica {event.replica} joined twice")

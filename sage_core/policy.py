@@ -11,12 +11,14 @@ and a replay needs nothing but the log.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sage_core.errors import PolicyError
 from sage_core.units import Nanos, PoolKind
 
 Scores: TypeAlias = NDArray[np.float64]
@@ -180,6 +182,44 @@ class Policy:
     route: Route
     limit: Limit
     predict: Predict
+
+    def __post_init__(self) -> None:
+        for part, members in _MEMBERS.items():
+            value = getattr(self, part)
+            missing = [member for member in members if not hasattr(value, member)]
+            if missing and not (part == "admit" and value is None):
+                raise PolicyError(
+                    f"policy {self.name}: {part} {type(value).__name__} has no {', '.join(missing)}; "
+                    f"see sage_core.policy.{part.capitalize()}"
+                )
+
+
+_MEMBERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "admit": ("score", "retry_after_ns"),
+    "order": ("score", "static"),
+    "route": ("score", "live", "load_weight"),
+    "limit": ("limit",),
+    "predict": ("predict", "observe", "name"),
+}
+"""What each part must have; see the protocols above."""
+
+
+def raised(policy: str, error: Exception) -> PolicyError | None:
+    """``error``, which came up while ``policy`` was asked, as its author should read it: what, and in which line.
+
+    None if no frame of it lies outside this package: then it is a defect of ours.
+    """
+    place: str | None = None
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith(_PACKAGE):
+            place = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
+        trace = trace.tb_next
+    return None if place is None else PolicyError(f"policy {policy}: {type(error).__name__}: {error} ({place})")
+
+
+_PACKAGE: Final = __file__.rpartition("policy")[0]
 
 
 def native_twin(part: object) -> Any:

@@ -32,7 +32,7 @@ py::array frozen(py::array_t<T> array) {
 
 // Some rows of a pool's queue. Columns are copied when asked for, so what a policy keeps cannot change under it.
 struct TaskView {
-  const Pool* pool;
+  std::shared_ptr<const Pool> pool;
   std::vector<std::size_t> rows;
 
   py::array column(const Column& from) const {
@@ -44,13 +44,14 @@ struct TaskView {
   py::array tenant_service() const {
     py::array_t<std::int64_t> out(static_cast<py::ssize_t>(rows.size()));
     auto* to = out.mutable_data();
-    for (std::size_t i = 0; i < rows.size(); ++i) to[i] = pool->service_of(rows[i]);
+    for (std::size_t i = 0; i < rows.size(); ++i)
+      to[i] = pool->tenant_service.at(static_cast<std::size_t>(pool->tasks.tenant.at(rows[i])));
     return frozen(out);
   }
 };
 
 struct ReplicaView {
-  const Pool* pool;
+  std::shared_ptr<const Pool> pool;
 
   template <class T>
   py::array column(const std::vector<T>& from) const {
@@ -93,7 +94,7 @@ class PythonOrder : public Order {
   explicit PythonOrder(py::object part) : part_(std::move(part)), static_(py::cast<bool>(part_.attr("static"))) {}
   bool is_static() const override { return static_; }
   void score(std::int64_t now, const Pool& pool, std::size_t begin, std::size_t end, double* out) override {
-    py::object answer = part_.attr("score")(now, TaskView{&pool, range(begin, end)});
+    py::object answer = part_.attr("score")(now, TaskView{pool.shared_from_this(), range(begin, end)});
     auto array = scores(part_, "order", answer, {static_cast<py::ssize_t>(end - begin)});
     std::memcpy(out, array.data(), (end - begin) * sizeof(double));
   }
@@ -117,7 +118,8 @@ class PythonRoute : public Route {
     std::memcpy(out, matrix.data(), matrix.size() * sizeof(double));
   }
   std::vector<double> score_matrix(std::int64_t now, const Pool& pool, const std::vector<std::size_t>& rows) override {
-    py::object answer = part_.attr("score")(now, TaskView{&pool, rows}, ReplicaView{&pool});
+    py::object answer =
+        part_.attr("score")(now, TaskView{pool.shared_from_this(), rows}, ReplicaView{pool.shared_from_this()});
     auto array = scores(part_, "route", answer,
                         {static_cast<py::ssize_t>(rows.size()), static_cast<py::ssize_t>(pool.serving.size())});
     return std::vector<double>(array.data(), array.data() + array.size());
@@ -137,7 +139,7 @@ class PythonLimit : public Limit {
     static py::object* make = new py::object(py::module_::import("sage_core.policy").attr("QueueView"));
     py::object queue = (*make)(pool_kind_of(pool), pool.tasks.size(), pool.input_tokens_queued, pool.oldest_queued_at(),
                                pool.earliest_due_at());
-    py::object limits = part_.attr("limit")(now, ReplicaView{&pool}, queue);
+    py::object limits = part_.attr("limit")(now, ReplicaView{pool.shared_from_this()}, queue);
     copy(limits, "tasks_max", out.tasks_max);
     copy(limits, "tasks_max_batch", out.tasks_max_batch);
     copy(limits, "prefill_tokens_max", out.prefill_tokens_max);
@@ -288,15 +290,12 @@ void register_mechanism(py::module_& m) {
       .def("queued", &Mechanism::queued)
       .def("in_flight", &Mechanism::in_flight)
       .def("check", &Mechanism::check)
-      .def(
-          "task_view",
-          [](Mechanism& self, std::size_t pool, const std::vector<std::int64_t>& tasks) {
-            TaskView view{&self.pool(pool), {}};
-            for (std::int64_t task : tasks) view.rows.push_back(self.pool(pool).row_of.at(task));
-            return view;
-          },
-          py::keep_alive<0, 1>())
-      .def(
-          "replica_view", [](Mechanism& self, std::size_t pool) { return ReplicaView{&self.pool(pool)}; },
-          py::keep_alive<0, 1>());
+      .def("task_view",
+           [](Mechanism& self, std::size_t pool, const std::vector<std::int64_t>& tasks) {
+             TaskView view{self.pool(pool).shared_from_this(), {}};
+             for (std::int64_t task : tasks) view.rows.push_back(view.pool->row_of.at(task));
+             return view;
+           })
+      .def("replica_view",
+           [](Mechanism& self, std::size_t pool) { return ReplicaView{self.pool(pool).shared_from_this()}; });
 }

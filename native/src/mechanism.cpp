@@ -105,7 +105,7 @@ void Mechanism::bind(std::int64_t now, std::shared_ptr<Order> order, std::shared
 }
 
 std::size_t Mechanism::add_pool(std::string name, PoolKind kind) {
-  pools_.push_back(std::make_unique<Pool>());
+  pools_.push_back(std::make_shared<Pool>());
   pools_.back()->name = std::move(name);
   pools_.back()->kind = kind;
   return pools_.size() - 1;

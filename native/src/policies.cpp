@@ -282,7 +282,7 @@ struct HybridLimitConfig {
   bool in_flight_limits;
   double reserve, prefill_depth, kv_fill;
   bool embedding_batches;
-  std::int64_t window_ns, margin_ns;
+  std::int64_t window_ns, margin_ns, starvation_ns;
 };
 
 class HybridLimit : public sage::Limit {
@@ -293,8 +293,9 @@ class HybridLimit : public sage::Limit {
   void limit(std::int64_t now, const Pool& pool, LimitTable& out) override {
     const ReplicaTable& s = pool.serving;
     if (pool.kind == PoolKind::kLlm && c_.in_flight_limits) {
+      const bool starving = now - pool.oldest_queued_at() > c_.starvation_ns;
       for (std::size_t r = 0; r < s.size(); ++r)
-        set(out, r, s.tasks_max[r], share_of(s.tasks_max[r], 1.0 - c_.reserve),
+        set(out, r, s.tasks_max[r], starving ? s.tasks_max[r] : share_of(s.tasks_max[r], 1.0 - c_.reserve),
             s.batch_tokens_max[r] > 0 ? share_of(s.batch_tokens_max[r], c_.prefill_depth) : kNever,
             s.kv_tokens_max[r] > 0 ? share_of(s.kv_tokens_max[r], c_.kv_fill) : kNever, 0);
     } else if (pool.kind == PoolKind::kEmbedding && c_.embedding_batches) {
@@ -404,12 +405,14 @@ void register_policies(py::module_& m) {
       .def(py::init<std::optional<double>>(), py::arg("factor"));
   PartClass<HybridLimit, sage::Limit>(m, "HybridLimit", "Twin of sage_policies.hybrid.HybridLimit.")
       .def(py::init([](bool in_flight_limits, double reserve, double prefill_depth, double kv_fill,
-                       bool embedding_batches, std::int64_t window_ns, std::int64_t margin_ns) {
+                       bool embedding_batches, std::int64_t window_ns, std::int64_t margin_ns,
+                       std::int64_t starvation_ns) {
              return std::make_shared<HybridLimit>(HybridLimitConfig{in_flight_limits, reserve, prefill_depth, kv_fill,
-                                                                    embedding_batches, window_ns, margin_ns});
+                                                                    embedding_batches, window_ns, margin_ns,
+                                                                    starvation_ns});
            }),
            py::kw_only(), py::arg("in_flight_limits"), py::arg("reserve"), py::arg("prefill_depth"), py::arg("kv_fill"),
-           py::arg("embedding_batches"), py::arg("window_ns"), py::arg("margin_ns"));
+           py::arg("embedding_batches"), py::arg("window_ns"), py::arg("margin_ns"), py::arg("starvation_ns"));
 
   m.def("order_scores", &order_scores, py::arg("order"), py::arg("now"), py::arg("mechanism"), py::arg("pool"),
         "(tasks, scores) of the whole queue of a pool, in no particular order.");

@@ -130,8 +130,10 @@ class HybridOrder:
 class HybridLimit:
     """Engines get what keeps them busy and no more.
 
-    LLM pools (``in_flight_limits``): a fraction ``reserve`` of the slots is kept for priority 0, at most
-    ``prefill_depth`` token budgets of prompts (and what is left of the last one) are in the engine, and predicted KV use stays below ``kv_fill``.
+    LLM pools (``in_flight_limits``): a fraction ``reserve`` of the slots is kept for priority 0, unless the oldest task
+    has waited longer than ``starvation_ns`` (or promoting it would be in vain: every slot that urgent work leaves is the
+    reserve's); at most ``prefill_depth`` token budgets of prompts (and what is left of the last one) are in the engine;
+    and predicted KV use stays below ``kv_fill``.
     Embedding pools (``embedding_batches``): an idle engine takes a batch at once; a busy one takes one more behind it
     when that batch is full, when its oldest task has waited ``window_ns``, or when the earliest due time that can
     still be met is ``margin_ns`` away from being too late. Off, and for operators: the engine's own concurrency.
@@ -144,8 +146,10 @@ class HybridLimit:
     embedding_batches: bool = True
     window_ns: int = 5 * MILLISECOND
     margin_ns: int = 2 * MILLISECOND
+    starvation_ns: int = 30 * SECOND
 
     def __post_init__(self) -> None:
+        require("starvation_ns", self.starvation_ns, 0)
         require("reserve", self.reserve, 0.0, 1.0)
         require("prefill_depth", self.prefill_depth, 0.0, 1e6)
         require("kv_fill", self.kv_fill, 0.0, 1e6)
@@ -155,18 +159,19 @@ class HybridLimit:
     def limit(self, now: Nanos, replicas: ReplicaView, queue: QueueView) -> Limits:
         """See the class; a maximum of 0 in a replica's own columns means unknown, hence unlimited."""
         if queue.pool_kind == PoolKind.LLM and self.in_flight_limits:
-            return self._llm(replicas)
+            return self._llm(now, replicas, queue)
         if queue.pool_kind == PoolKind.EMBEDDING and self.embedding_batches:
             return self._embedding(now, replicas, queue)
         open_end = unlimited(len(replicas))
         return Limits(replicas.tasks_max, replicas.tasks_max, open_end, open_end, np.zeros_like(open_end))
 
-    def _llm(self, replicas: ReplicaView) -> Limits:
+    def _llm(self, now: Nanos, replicas: ReplicaView, queue: QueueView) -> Limits:
+        starving = now - queue.oldest_queued_at > self.starvation_ns
         prompts = share_of(replicas.batch_tokens_max, self.prefill_depth)
         kv = share_of(replicas.kv_tokens_max, self.kv_fill)
         return Limits(
             tasks_max=replicas.tasks_max,
-            tasks_max_batch=share_of(replicas.tasks_max, 1.0 - self.reserve),
+            tasks_max_batch=replicas.tasks_max if starving else share_of(replicas.tasks_max, 1.0 - self.reserve),
             prefill_tokens_max=np.where(replicas.batch_tokens_max > 0, prompts, NEVER),
             kv_tokens_max=np.where(replicas.kv_tokens_max > 0, kv, NEVER),
             hold_until=np.zeros(len(replicas), dtype=np.int64),
@@ -205,6 +210,7 @@ class HybridLimit:
             embedding_batches=self.embedding_batches,
             window_ns=self.window_ns,
             margin_ns=self.margin_ns,
+            starvation_ns=self.starvation_ns,
         )
 
 

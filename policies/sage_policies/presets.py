@@ -21,7 +21,7 @@ from typing import Final
 from sage_core.errors import ConfigError
 from sage_core.policy import Admit, Order, Policy, Predict, Route
 from sage_core.slo import SloTable
-from sage_core.units import seconds
+from sage_core.units import NEVER, seconds
 from sage_policies.bounds import require
 from sage_policies.hybrid import HybridLimit, HybridOrder
 from sage_policies.limit import EngineLimit
@@ -127,6 +127,7 @@ def hybrid(
         embedding_batches=embedding_batches,
         window_ns=_span("window_s", window_s),
         margin_ns=_span("margin_s", margin_s),
+        starvation_ns=_span("starvation_s", starvation_s) if starvation else NEVER,
     )
     route: Route = PredictedFinish(share_penalty) if predicted_routing else LeastInFlight()
     return Policy(name, admit, order, route, limit, TenantQuantile() if predict is None else predict)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
+from sage_bench.cli.leave import leave
 from sage_core.errors import SageError
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line on standard error and a documented exit code, never a traceback."""
+    sys.path.insert(0, os.getcwd())  # a user's own policy or load, by _target_: to run it, and to replay what it decided
     try:
         command()()
     except SageError as error:
-        print(f"sage: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        leave(error)
     except KeyboardInterrupt:
         print("sage: interrupted", file=sys.stderr)
         sys.exit(130)

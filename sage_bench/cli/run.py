@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import sys
+import traceback
+from pathlib import Path
 from typing import Final
 
 import hydra
 import typer
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from sage_bench.cli.leave import leave
+from sage_bench.config import override_hint
+from sage_bench.results.writer import output_error
 from sage_bench.run import RunResult, run
-from sage_core.errors import ConfigError
+from sage_core.errors import ConfigError, SageError
 from sage_core.plane import ControlPlane
 
 CONTEXT: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def command(context: typer.Context) -> None:
-    """Simulate: `sage run [group=choice ...] [key=value ...] [--multirun]`. `sage run --help` lists the groups."""
+    """Simulate: `sage run GROUP=CHOICE ... key=value ... --multirun`. `sage run --help` lists groups and keys."""
     # Hydra reads sys.argv, and prints its own errors unless it is told to raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], *context.args]
-    sys.path.insert(0, os.getcwd())  # a user's own policy or load, by _target_
+    # Its parser refuses an override after a flag; the order means nothing to us.
+    sys.argv = [sys.argv[0], *sorted(context.args, key=lambda arg: arg not in ("-m", "--multirun"))]
     try:
         _hydra_main()
+    except SageError:
+        raise
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"config: {_first_lines(str(error))}") from error
+        raise ConfigError(f"config: {_composing(str(error))}") from error
+    except (ValueError, OSError) as error:
+        if _ours(error):
+            raise
+        if isinstance(error, OSError):  # the folder of a sweep, which Hydra makes
+            raise output_error(Path(error.filename or "."), error) from error
+        raise ConfigError(f"config: {error}") from error
 
 
 @hydra.main(version_base="1.3", config_path="pkg://sage_bench.conf", config_name="config")
 def _hydra_main(composed: DictConfig) -> None:
+    _job(composed)
+
+
+def _job(composed: DictConfig) -> None:
     console = Console(stderr=True, highlight=False)
     overrides = list(HydraConfig.get().overrides.task)
     with console.status("composing") as status:
@@ -43,7 +63,13 @@ def _hydra_main(composed: DictConfig) -> None:
             counts = plane.counts
             status.update(f"{now / 1e9:,.0f} s simulated, {counts.arrived:,} requests, {plane.live:,} live")
 
-        result = run(composed, overrides, tick if console.is_terminal else None)
+        try:
+            result = run(composed, overrides, tick if console.is_terminal else None)
+        except SageError as error:
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise  # at the end of the sweep, when Hydra says which overrides it was
+            status.stop()
+            leave(error)
     _tell(result, console)
     if result.finish.interrupted:
         raise KeyboardInterrupt
@@ -61,5 +87,16 @@ def _tell(result: RunResult, console: Console) -> None:
     )
 
 
-def _first_lines(text: str, lines: int = 12) -> str:
-    return "\n".join(line for line in text.strip().splitlines()[:lines] if line.strip())
+def _composing(text: str) -> str:
+    """Hydra's message without its search path, and with our schema's advice for a key that does not exist."""
+    if unknown := re.match(r"Could not override '([^']+)'", text):
+        hint = override_hint(unknown[1])
+        if hint is not None:
+            return hint
+    kept = itertools.takewhile(lambda line: line != "Config search path:", text.strip().splitlines())
+    return "\n".join(line for line in kept if line.strip())
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether it came up inside a run; if not, Hydra met it while composing."""
+    return any(frame.f_code is _job.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))

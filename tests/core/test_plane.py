@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -473,6 +474,28 @@ class TestPolicies:
         plane.step(Nanos(0), [join(0)])
         with pytest.raises(PolicyError, match=message):
             plane.step(Nanos(3), [ask(0)])
+
+    @pytest.mark.parametrize("mechanism", ["native", "reference"])
+    def test_a_view_that_a_policy_kept_outlives_the_plane(
+        self, pipelines: dict[str, Pipeline], mechanism: str, ask: Ask, join: Join
+    ) -> None:
+        """A policy should not, but when it does, it reads old news and not freed memory."""
+        kept: list[tuple[TaskView, ReplicaView]] = []
+
+        class Hoarder:
+            live = True
+            load_weight = 0.0
+
+            def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
+                kept.append((tasks, replicas))
+                return np.zeros((len(tasks), len(replicas)))
+
+        plane = plane_with(pipelines, mechanism, route=Hoarder())
+        plane.step(Nanos(0), [join(5), ask(0)])
+        del plane
+        gc.collect()
+        ((tasks, replicas),) = kept
+        assert (tasks.pool, replicas.replica.tolist()) == ("llm", [5])
 
     def test_predictors_are_told_the_truth_about_what_generates_and_only_that(
         self, pipelines: dict[str, Pipeline], ask: Ask, join: Join

@@ -135,7 +135,7 @@ def test_whatever_happens_nothing_is_lost_and_both_mechanisms_agree(
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+            max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),
     )
 

@@ -123,3 +123,12 @@ def columns(limits):
         limits.kv_tokens_max,
         limits.hold_until,
     )
+
+
+def test_the_reserve_is_lifted_while_the_oldest_task_starves(replicas):
+    limit = HybridLimit(reserve=0.5, starvation_ns=1000)
+    view = replicas(in_flight=[0])
+    waiting = QueueView(PoolKind.LLM, 1, 10, 5, NEVER)
+    full = int(view.tasks_max[0])
+    assert limit.limit(1005, view, waiting).tasks_max_batch.tolist() == [full // 2]
+    assert limit.limit(1006, view, waiting).tasks_max_batch.tolist() == [full]

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -442,6 +443,23 @@ class TestFaults:
         run = Run(Script([(0, 4 * MS)]), {}, faults=faults, network=NetworkConfig(0.01)).go()
         assert [now for now, _ in run.all(e.TaskFinished)] == [(16 + 10 + 4 + 10) * MS]
 
+    def test_what_was_on_its_way_to_a_dead_device_does_not_reach_the_one_that_replaced_it(self) -> None:
+        faults = [Fault(0.005, 0, restart_after_s=0.001)]
+        run = Run(Script([(0, 4 * MS)]), {}, faults=faults, network=NetworkConfig(0.01)).go()
+        assert [(now, command.replica) for now, command in run.all(Dispatch)] == [(0, 0), (6 * MS, 1)]
+        assert run.responded_at() == {0: (6 + 10 + 4 + 10) * MS}
+
+    def test_a_drained_device_whose_last_task_is_cancelled_leaves(self) -> None:
+        servers: tuple[dict[str, Any], ...] = (
+            {"pool": "cpu", "task_ns": 20 * MS, "fails": (0,), "retryable": False},
+            {"pool": "embed", "task_ns": SECOND},
+            {},
+        )
+        load = Script([(0, 1, "fan"), (50 * MS, MS)])
+        run = Run(load, *servers, faults=[Fault(0.01, 1, "drain")], network=NetworkConfig(0.001)).go()
+        assert [(now, command.replica) for now, command in run.all(Cancel)] == [(22 * MS, 1)]
+        assert [(now, event.replica) for now, event in run.all(e.ReplicaLeft)] == [(22 * MS, 1)]
+
     def test_a_drained_device_ends_what_it_has_and_leaves(self) -> None:
         run = Run(self.load(), {}, {}, faults=[Fault(0.202, 0, "drain")]).go()
         assert (run.driver.counts.responded, run.driver.counts.retries) == (200, 0)
@@ -586,6 +604,13 @@ class TestInterrupts:
         assert run.told[-1].now == asked[49]  # the step it came in is the last one, but for the end of the run
         assert run.plane.counts.decisions == 50
         assert replay([told.step for told in run.told], run.make_plane()).divergence is None
+
+    def test_a_run_outside_the_main_thread_leaves_signals_alone(self) -> None:
+        runs: list[Run] = []
+        thread = threading.Thread(target=lambda: runs.append(Run(self.load()).go()))
+        thread.start()
+        thread.join(60)
+        assert [run.driver.counts.responded for run in runs] == [500]
 
     def test_the_signal_handler_is_put_back(self) -> None:
         before = signal.getsignal(signal.SIGINT)

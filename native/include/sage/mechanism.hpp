@@ -89,7 +89,8 @@ struct Speed {
   double fixed_ns = 0.0, input_token_ns = 0.0, output_token_ns = 0.0;
 };
 
-struct Pool {
+// Shared, because a view of it that a policy kept may outlive the mechanism.
+struct Pool : std::enable_shared_from_this<Pool> {
   std::string name;
   PoolKind kind = PoolKind::kLlm;
   TaskTable tasks;
@@ -202,7 +203,7 @@ class Mechanism {
   void index_replicas(std::size_t pool);
   void count_on_device(std::int64_t device, std::int64_t tasks);
 
-  std::vector<std::unique_ptr<Pool>> pools_;
+  std::vector<std::shared_ptr<Pool>> pools_;
   std::unordered_map<std::int64_t, Place> places_;
   std::unordered_map<std::int64_t, std::size_t> pool_of_task_;  // queued
   std::unordered_map<std::int64_t, InFlight> in_flight_;

@@ -1,0 +1,97 @@
+"""Every YAML file below conf/ is composed, checked and instantiated; every sweep names choices that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from sage_bench.compose import Parts, make_driver, make_parts
+from sage_bench.config import checked, composed
+from sage_bench.run import RunResult
+
+CONF = Path(__file__).parents[2] / "conf"
+FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
+CHOICES = [path for path in FILES if path.parts[0] != "experiment" and len(path.parts) > 1]
+EXPERIMENTS = [path.name for path in FILES if path.parts[0] == "experiment"]
+
+NEEDS = {"load/trace": ("load.path={trace}",), "policy/user": ("policy._target_=sage_policies.presets.fifo",)}
+"""What a choice leaves for the user to say."""
+
+
+def parts_of(*overrides: str) -> Parts:
+    config, _ = checked(composed(overrides))
+    return make_parts(config)
+
+
+def sweep_of(experiment: str) -> dict[str, list[str]]:
+    """Every value of every key that the experiment sweeps."""
+    with initialize_config_module("sage_bench.conf", version_base="1.3"):
+        hydra = compose("config", [f"experiment={experiment}"], return_hydra_config=True).hydra
+    params = OmegaConf.to_container(hydra.sweeper.params) if hydra.sweeper.params else {}
+    assert isinstance(params, dict)
+    parser = OverridesParser.create()
+    sweep = {}
+    for key, values in params.items():
+        override = parser.parse_override(f"{key}={values}")
+        sweep[str(key)] = (
+            list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.get_value_string()]
+        )
+    assert not sweep or hydra.mode.name == "MULTIRUN", f"{experiment} lists a sweep and would not run it"
+    return sweep
+
+
+def test_there_is_something_to_test() -> None:
+    groups = {path.parts[0] for path in CHOICES}
+    assert groups >= {"cluster", "driver", "load", "pipeline", "policy", "slo"}
+    assert len(EXPERIMENTS) >= 5
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_a_choice_makes_objects(choice: Path, trace: Path) -> None:
+    group, name = choice.parts[0], "/".join(choice.parts[1:])
+    if choice.parts[:2] == ("load", "classes"):
+        group, name = "load/classes", "/".join(choice.parts[2:])
+    needs = [need.format(trace=trace) for need in NEEDS.get(str(choice), ())]
+    parts = parts_of(f"{group}={name}", *needs)
+    driver = make_driver(parts)  # binds the policy to the plane and resolves the cluster
+    assert driver.counts.arrived == 0
+    assert next(iter(parts.load.arrivals())).request.request == 0
+
+
+def test_choices_are_told_apart(trace: Path) -> None:
+    """A file that composes but changes nothing would be a choice in name only."""
+    for group, default in (("cluster", "small"), ("load", "mixed"), ("policy", "hybrid"), ("slo", "interactive")):
+        found = {}
+        for choice in CHOICES:
+            name = "/".join(choice.parts[1:])
+            if choice.parts[0] != group or choice.parts[1] in ("classes", "user"):
+                continue
+            needs = [need.format(trace=trace) for need in NEEDS.get(str(choice), ())]
+            found[name] = OmegaConf.to_yaml(composed([f"{group}={name}", *needs])[group])
+        assert default in found
+        same = [(a, b) for a in found for b in found if a < b and found[a] == found[b]]
+        # load=poisson names the arrival process that load=mixed has by default.
+        assert same == ([("mixed", "poisson")] if group == "load" else [])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_composes_with_every_value_of_its_sweep(experiment: str) -> None:
+    assert parts_of(f"experiment={experiment}").config.name == experiment
+    for key, values in sweep_of(experiment).items():
+        assert len(values) == len(set(values)) > 1, f"{experiment}: {key} sweeps {values}"
+        for value in values:
+            parts = parts_of(f"experiment={experiment}", f"{key}={value}")
+            assert make_driver(parts).counts.arrived == 0
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_runs_its_first_point(experiment: str, go: Callable[..., RunResult]) -> None:
+    first = [f"{key}={values[0]}" for key, values in sweep_of(experiment).items()]
+    result = go(f"experiment={experiment}", *first, "load.duration_s=2", "warmup_s=0", "load.requests=300")
+    assert result.counts.responded == result.counts.arrived > 0
+    assert not [note for note in result.warnings if "fail" in note]
