@@ -25,7 +25,7 @@ from sage_bench.tables import DETAILED_MAX, definitions, has, part, sheets
 WIDTH: Final = 100
 """Columns that the printed tables try to fit."""
 
-NAME_WIDTH: Final = 20
+NAME_WIDTH: Final = 15
 """What a policy's name gets at least; longer ones are folded."""
 
 _WORDS: Final = ("condition", "policy", "metric", "verdict")

@@ -119,7 +119,8 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
                 profiles={name: _profile_path(name) for name in parts.profiles},
                 replicas=tuple(ReplicaFact(**row) for row in rows.replicas()),
                 price_per_h=price_per_h(config),
-                counts={name: getattr(counts, name) for name in counts.__dataclass_fields__},
+                # Outcomes as in the rows: a step that could not be taken is in the plane's figures and nowhere else.
+                counts={**{name: getattr(counts, name) for name in counts.__dataclass_fields__}, **rows.counts()},
             )
     warnings = parts.warnings + (_why_failed(folder, parts) if counts.failed and not finish.interrupted else [])
     return RunResult(folder, config, counts, finish, warnings, time.perf_counter() - wall)

@@ -84,7 +84,7 @@ def test_an_experiment_composes_with_every_value_of_its_sweep(experiment: str) -
     assert parts_of(f"experiment={experiment}").config.name == experiment
     for key, values in sweep_of(experiment).items():
         assert len(values) == len(set(values)) > 1, f"{experiment}: {key} sweeps {values}"
-        for value in values:
+        for value in values if key != "seed" else values[:1]:
             parts = parts_of(f"experiment={experiment}", f"{key}={value}")
             assert make_driver(parts).counts.arrived == 0
 
