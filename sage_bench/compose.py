@@ -175,10 +175,9 @@ def _cannot_make(group: str, target: object, cause: BaseException) -> str:
             why = f"{owner} has no {name!r}"
         else:
             why = f"no module {missing!r}; modules are looked for in the working directory and among installed packages"
-    elif isinstance(cause, TypeError) and "unexpected keyword" in str(cause):
+    elif isinstance(cause, TypeError) and str(cause).startswith(f"{str(target).rpartition('.')[2]}("):
         with contextlib.suppress(Exception):  # the hint is a courtesy: never hide the error behind one of its own
-            keys = list(inspect.signature(get_object(str(target))).parameters)
-            why = f"{cause}; {target} takes {', '.join(keys) or 'nothing'}"
+            why = f"{cause}; it takes {', '.join(inspect.signature(get_object(str(target))).parameters) or 'nothing'}"
     return f"{group}: {target} cannot be made: {why}"
 
 

@@ -59,6 +59,8 @@ def read_log(path: Path) -> Iterator[Step]:
         if file.schema_arrow.names != STEPS.names:
             raise DataError(f"{path}: not a log: columns {file.schema_arrow.names}, expected {STEPS.names}")
         for batch in file.iter_batches(batch_size=8192):
+            if any(column.null_count for column in batch.columns):
+                raise DataError(f"{path}: a step without an instant, events or digest; the file is damaged")
             columns: list[list[Any]] = [batch.column(name).to_pylist() for name in ("now", "events", "digest")]
             yield from map(Step, *columns)
     except FileNotFoundError as error:

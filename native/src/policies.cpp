@@ -221,12 +221,14 @@ class PredictedFinish : public sage::Route {
     const std::int64_t input = pool.tasks.input_tokens[row];
     const double output = real(pool.tasks.output_tokens[row]);
     const double shared = 1.0 + share_penalty_;
-    for (std::size_t r = 0; r < s.size(); ++r) {
-      const double token_ns = s.output_token_ns[r] + s.output_seq_ns[r] * real(s.in_flight[r] + 1);
+    const std::size_t replicas = s.size();
+    for (std::size_t r = 0; r < replicas; ++r) {
+      const double in_flight = real(s.in_flight[r]);  // whole numbers below 2^53: adding 1.0 is exact
+      const double token_ns = s.output_token_ns[r] + s.output_seq_ns[r] * (in_flight + 1.0);
       const double prefill_ns = s.fixed_ns[r] + s.input_token_ns[r] * real(s.prefill_tokens[r] + input);
       const double work = prefill_ns + output * token_ns;
       const double share = s.device_in_flight[r] > s.in_flight[r] ? shared : 1.0;
-      out[r] = (work * s.slowdown[r]) * share + real(s.in_flight[r]);
+      out[r] = (work * s.slowdown[r]) * share + in_flight;
     }
   }
 

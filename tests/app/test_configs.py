@@ -23,6 +23,10 @@ NEEDS = {"load/trace": ("load.path={trace}",), "policy/user": ("policy._target_=
 """What a choice leaves for the user to say."""
 
 
+PARTS = {("load", "classes"), ("policy", "predict")}
+"""Groups within a group."""
+
+
 def parts_of(*overrides: str) -> Parts:
     config, _ = checked(composed(overrides))
     return make_parts(config)
@@ -54,8 +58,8 @@ def test_there_is_something_to_test() -> None:
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_a_choice_makes_objects(choice: Path, trace: Path) -> None:
     group, name = choice.parts[0], "/".join(choice.parts[1:])
-    if choice.parts[:2] == ("load", "classes"):
-        group, name = "load/classes", "/".join(choice.parts[2:])
+    if choice.parts[:2] in PARTS:
+        group, name = "/".join(choice.parts[:2]), "/".join(choice.parts[2:])
     needs = [need.format(trace=trace) for need in NEEDS.get(str(choice), ())]
     parts = parts_of(f"{group}={name}", *needs)
     driver = make_driver(parts)  # binds the policy to the plane and resolves the cluster
@@ -69,7 +73,7 @@ def test_choices_are_told_apart(trace: Path) -> None:
         found = {}
         for choice in CHOICES:
             name = "/".join(choice.parts[1:])
-            if choice.parts[0] != group or choice.parts[1] in ("classes", "user"):
+            if choice.parts[0] != group or choice.parts[:2] in PARTS or name == "user":
                 continue
             needs = [need.format(trace=trace) for need in NEEDS.get(str(choice), ())]
             found[name] = OmegaConf.to_yaml(composed([f"{group}={name}", *needs])[group])

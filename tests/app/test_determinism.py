@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -25,12 +26,13 @@ HARD = (
 TABLES = ("requests", "tasks", "replicas", "steps")
 
 SCRIPT = """
-import json, sys
-from tests_app_fingerprint import fingerprint
+import hashlib, json, sys
 from sage_bench.config import composed
-from sage_bench.run import run
+from sage_bench.run import RunResult, run
+TABLES = {tables}
+{fingerprint}
 overrides = json.loads(sys.argv[1])
-print(json.dumps([fingerprint(run(composed([*overrides, f"policy={name}"]))) for name in sys.argv[2:]]))
+print(json.dumps([fingerprint(run(composed([*overrides, "policy=" + name]))) for name in sys.argv[2:]]))
 """
 
 
@@ -55,7 +57,8 @@ def test_twice_and_by_the_reference(go: Go, policy: str) -> None:
 def test_under_any_hash_seed(go: Go, tmp_path: Path) -> None:
     names = ["hybrid", "separate", "slo_aware"]
     here = [fingerprint(go(*HARD, f"policy={name}")) for name in names]
-    script = SCRIPT.replace("from tests_app_fingerprint import fingerprint", "import hashlib\n" + _source())
+    # Importlib mode gives test modules no import path: the other process gets the text.
+    script = SCRIPT.format(tables=TABLES, fingerprint=inspect.getsource(fingerprint))
     for hash_seed in ("0", "4242"):
         overrides = json.dumps([*HARD, f"results={tmp_path / hash_seed}"])
         done = subprocess.run(
@@ -84,9 +87,3 @@ def test_where_results_go_and_who_watches_change_nothing(go: Go, tmp_path: Path)
     blind = go(*HARD, "record.tasks=false", "record.steps=false")
     assert blind.finish.digest == here.finish.digest
 
-
-def _source() -> str:
-    """``fingerprint`` for another process: importlib mode gives test modules no import path."""
-    import inspect
-
-    return f"TABLES = {TABLES!r}\n" + inspect.getsource(fingerprint).replace("result: RunResult", "result")

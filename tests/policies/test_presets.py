@@ -11,6 +11,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from sage_bench.config import composed
 from sage_core.errors import ConfigError
 from sage_core.reference import Mechanism
 from sage_core.units import MILLISECOND, NEVER, SECOND, PoolKind
@@ -211,7 +212,7 @@ def test_every_preset_has_a_yaml_of_its_name_and_no_yaml_a_preset_without_one():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_yaml_states_every_parameter_at_its_default(name):
-    config = OmegaConf.load(CONF / f"{name}.yaml")
+    config = composed([f"policy={name}"]).policy
     policy = instantiate(config)
     default = preset(name)
     assert policy.name == default.name == name
@@ -223,10 +224,7 @@ def test_the_yaml_states_every_parameter_at_its_default(name):
 
 
 def test_a_yaml_override_reaches_the_policy():
-    config = OmegaConf.load(CONF / "hybrid.yaml")
-    config.demotion = False
-    config.predict = {"_target_": "sage_policies.predict.NoPrediction"}
-    policy = instantiate(config)
+    policy = instantiate(composed(["policy=hybrid", "policy.demotion=false", "policy/predict=none"]).policy)
     assert policy.order == replace(preset("hybrid").order, demotion=False)
     assert isinstance(policy.predict, NoPrediction)
 
