@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sage_core.classify import RequestClassifier
 from sage_core.events import AnyEvent, ReplicaJoined, RequestArrived, TaskFinished
 from sage_core.ops import MechanismName, make_mechanism
 from sage_core.pipeline import single_request_pipelines
@@ -51,6 +52,7 @@ def main() -> None:
     console = Console()
     decisions(figures, console, repeat=1 if options.quick else 3)
     one_round(figures, console)
+    classification(figures, console)
     simulation(figures, console, million=not options.quick)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=2) + "\n")
@@ -187,6 +189,27 @@ def round_us(llm: int, embed: int) -> float:
     spent = time.process_time_ns() - started
     assert len(made) == 1000
     return spent / 1e3 / 1000
+
+
+def classification(figures: dict[str, float], console: Console) -> None:
+    """CPU microseconds to classify one request, over the three endpoints, with its spread over repetitions."""
+    classifier = RequestClassifier()
+    asked = [
+        ("/v1/chat/completions", "llama-3.1-8b", ("model", "messages", "max_tokens")),
+        ("/v1/completions", "llama-3.1-8b", ("model", "prompt")),
+        ("/v1/embeddings", "bge-large-en-v1.5", ("model", "input")),
+    ]
+    samples = []
+    for _ in range(9):
+        started = time.process_time_ns()
+        for _ in range(5_000):
+            for endpoint, model, body in asked:
+                classifier.classify(endpoint, model, body)
+        samples.append((time.process_time_ns() - started) / 15_000 / 1e3)
+    samples.sort()
+    for name, value in (("min", samples[0]), ("median", samples[4]), ("max", samples[8])):
+        figures[f"classify_us_{name}"] = value
+    console.print(f"classification: median {samples[4]:.2f} us, {samples[0]:.2f} to {samples[8]:.2f}")
 
 
 def simulation(figures: dict[str, float], console: Console, *, million: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -171,7 +172,7 @@ def _cannot_make(group: str, target: object, cause: BaseException) -> str:
     if isinstance(cause, ModuleNotFoundError):
         missing = cause.name or ""
         owner, _, name = missing.rpartition(".")
-        if "is not a package" in str(cause):
+        if owner in sys.modules:
             why = f"{owner} has no {name!r}"
         else:
             why = f"no module {missing!r}; modules are looked for in the working directory and among installed packages"

@@ -179,7 +179,7 @@ def _explain(message: str, plain: dict[str, Any]) -> str:
     if "matching regex" in text:
         text = "Expected a plain folder name (letters, digits, and . _ + - after the first)"
     if text.startswith("Expected"):
-        text = f"{text}, got {got!r}"
+        text = f"{text.partition(', got ')[0]}, got {got!r}"
     return f"config: {key}: {text[0].lower()}{text[1:]}"
 
 

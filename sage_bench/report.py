@@ -38,7 +38,7 @@ def show(summary: Summary, console: Console) -> None:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
         for column in sheet.columns:
             words = column in _WORDS
-            least = NAME_WIDTH if column == "policy" else None
+            least = NAME_WIDTH if column in ("policy", "condition") else None
             table.add_column(
                 column, justify="left" if words else "right", overflow="fold", no_wrap=not words, min_width=least
             )
