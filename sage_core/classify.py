@@ -31,6 +31,9 @@ SHAPES: Final[Mapping[str, RequestKind]] = {
 EMBEDDING_NAME: Final = re.compile(r"embed|minilm|(^|[/_-])(bge|e5|gte)-", re.IGNORECASE)
 """Model names that mean an embedding model, where no registry says otherwise."""
 
+KNOWN_MAX: Final = 1024
+"""Combinations of features a classifier remembers."""
+
 
 class ClassificationError(ConfigError):
     """The request contradicts itself, or says nothing about what it wants. The client's fault (HTTP 400)."""
@@ -45,6 +48,7 @@ class RequestClassifier:
 
     def __init__(self, models: Mapping[str, RequestKind] | None = None) -> None:
         self._models = dict(models or {})
+        self._known: dict[tuple[object, ...], RequestKind] = {}
 
     def classify(self, endpoint: str, model: str = "", body: Collection[str] = ()) -> RequestKind:
         """The kind of one request.
@@ -52,6 +56,17 @@ class RequestClassifier:
         endpoint: the path, with or without prefix and query; "" when there is none. model: its name, "" when absent.
         body: the body's top-level keys (a mapping will do). Raises :class:`ClassificationError`.
         """
+        # A server sees few endpoints and models, again and again; a hostile client must not fill memory with others.
+        features = (endpoint, model, *[key in body for key in SHAPES])
+        kind = self._known.get(features)
+        if kind is None:
+            kind = self._classify(endpoint, model, body)
+            if len(self._known) >= KNOWN_MAX:
+                self._known.clear()
+            self._known[features] = kind
+        return kind
+
+    def _classify(self, endpoint: str, model: str, body: Collection[str]) -> RequestKind:
         asked = self._asked(endpoint, body)
         served = self._served(model)
         if asked is None and served is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sage_core.classify import ClassificationError, RequestClassifier
+from sage_core.classify import KNOWN_MAX, ClassificationError, RequestClassifier
 from sage_core.units import RequestKind
 
 CHAT, GENERATE, EMBEDDING, ERROR = *RequestKind, ClassificationError
@@ -100,3 +100,10 @@ def test_an_error_names_both_sides(arguments, named):
 
 def test_a_mapping_is_a_body():
     assert RequestClassifier().classify("", "", {"input": ["a", "b"]}) is RequestKind.EMBEDDING
+
+
+def test_a_hostile_client_cannot_fill_the_memory_of_a_classifier():
+    classifier = RequestClassifier()
+    for i in range(3 * KNOWN_MAX):
+        assert classifier.classify("/v1/chat/completions", f"model-{i}") is RequestKind.LLM_CHAT
+    assert len(classifier._known) <= KNOWN_MAX
