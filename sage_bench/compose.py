@@ -124,6 +124,11 @@ def make_policy(config: RunConfig) -> Policy:
     node = dict(config.policy)
     if node.get("_target_") == "sage_policies.presets.separate" and not node.get("shared_devices"):
         node["shared_devices"] = shared_devices(config)
+    count = sum(group.count for group in config.cluster.devices)
+    if any(type(device) is int and not 0 <= device < count for device in node.get("shared_devices") or ()):
+        raise ConfigError(
+            f"policy.shared_devices: expected numbers from 0 to {count - 1}, got {node['shared_devices']}"
+        )
     policy = make("policy", node)
     if isinstance(policy, Policy) and not NAME.fullmatch(policy.name):
         raise ConfigError(
@@ -168,7 +173,9 @@ def make(group: str, node: Mapping[str, Any], **given: Any) -> Any:
 
 def _cannot_make(group: str, target: object, cause: BaseException) -> str:
     """Why ``target`` could not be found or called, and what to do."""
-    why = str(cause).splitlines()[0] if isinstance(cause, InstantiationException) else f"{type(cause).__name__}: {cause}"
+    why = (
+        str(cause).splitlines()[0] if isinstance(cause, InstantiationException) else f"{type(cause).__name__}: {cause}"
+    )
     if isinstance(cause, ModuleNotFoundError):
         missing = cause.name or ""
         owner, _, name = missing.rpartition(".")
@@ -236,8 +243,12 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
 
 
 def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
-    """Configured values that leave what a profile was fitted on."""
-    found: list[str] = []
+    """Configured values that leave what a profile was fitted on, and profiles whose error nobody knows."""
+    found = [
+        f"profile {name}: rests on a single measured rate; its error is not known (see `sage profile show {name}`)"
+        for name, profile in profiles.items()
+        if not profile.errors
+    ]
     for group in config.cluster.devices:
         if group.llm is not None:
             found += profiles[group.llm.profile].warn_outside(

@@ -64,7 +64,9 @@ def read_log(path: Path) -> Iterator[Step]:
             columns: list[list[Any]] = [batch.column(name).to_pylist() for name in ("now", "events", "digest")]
             yield from map(Step, *columns)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no log; the run was made with record.steps=false") from error
+        raise DataError(
+            f"{path}: there is no log: it was deleted, or the run was made with record.steps=false; run it again"
+        ) from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}); the file is damaged") from error
 

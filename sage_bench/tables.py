@@ -153,7 +153,7 @@ def _verdicts(summary: Summary, condition: Condition) -> Sheet:
                 row["policy"],
                 _heading(name, row["kind"], " "),
                 difference if math.isnan(p) else f"{difference} [{low}, {high}]",
-                "" if math.isnan(p) else f"{p:.3f}",
+                "" if math.isnan(p) else "<0.001" if p < 0.0005 else f"{p:.3f}",
                 row["verdict"],
             ]
         )

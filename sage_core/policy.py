@@ -57,7 +57,9 @@ class TaskView(Protocol):
     output_tokens_max: Column
     output_tokens: Column  # predicted, by the configured predictor; never the truth unless that is the oracle
     prefix: Column
-    tenant_service: Column  # tokens served so far to the task's tenant in this pool (virtual counter, lifted on return)
+    tenant_service: (
+        Column  # input + 2 * predicted output tokens dispatched for the tenant in this pool, lifted on return
+    )
 
     def __len__(self) -> int: ...
 

@@ -330,7 +330,7 @@ class Mechanism:
             if best is None:
                 return None
             r = best[1]
-            self._place(now, pool, row, pool.serving[r])
+            self._place(now, pool, row, pool.serving[r], limits, r)
             decisions.append((pool.serving[r].replica, row.task))
             for is_urgent, openings in ((True, open_urgent), (False, open_batch)):
                 if r in openings and not _is_open(pool.serving[r], limits, r, now, urgent=is_urgent):
@@ -401,7 +401,11 @@ class Mechanism:
     def _score_static(self, now: Nanos, pool: _Pool, row: QueuedTask) -> None:
         pool.static_score[row.task] = self._order_scores(now, pool, [row])[0]
 
-    def _place(self, now: Nanos, pool: _Pool, row: QueuedTask, replica: Replica) -> None:
+    def _place(self, now: Nanos, pool: _Pool, row: QueuedTask, replica: Replica, limits: Limits, r: int) -> None:
+        if not _is_open(replica, limits, r, now, urgent=row.priority <= 0):
+            raise InvariantViolation(
+                f"invariant 2: task {row.task} placed on replica {replica.replica}, which is not open to it"
+            )
         if row.task == pool.oldest():
             pool.bypassed = 0
         else:

@@ -20,7 +20,7 @@ from simpy.events import Event as SimpyEvent
 
 from sage_core import events as e
 from sage_core.commands import AnyCommand, Cancel, Dispatch
-from sage_core.errors import ConfigError, IllegalEvent
+from sage_core.errors import ConfigError, IllegalEvent, PolicyError
 from sage_core.load import Arrival, Load
 from sage_core.log import Chain
 from sage_core.plane import ControlPlane, Counts
@@ -28,6 +28,9 @@ from sage_core.rng import Streams
 from sage_core.units import NEVER, Nanos, request_of, seconds
 from sage_sim.faults import Fault
 from sage_sim.network import NetworkConfig, Way
+
+HELD_MAX = 100_000
+"""Wakeups in a row that decide nothing: a policy that always wants to wait a little longer would never end."""
 
 _PUMP_PRIORITY = 9  # after everything else at the same instant; SimPy's own are 0 and 1
 
@@ -118,6 +121,7 @@ class SimDriver:
         self._pending = 0  # closed-loop arrivals on their way
         self._reports_due = 0  # reports on their way
         self._steps = 0
+        self._held = 0  # wakeups since anything but a report happened
         self._control_ns = 0
         self._started = time.process_time()
 
@@ -218,9 +222,9 @@ class SimDriver:
         self._pump_due = False
         events, self._inbox = self._inbox, []
         now = self._now
-        before = time.perf_counter_ns()
+        before = time.thread_time_ns()
         commands = self._plane.step(now, events)
-        self._control_ns += time.perf_counter_ns() - before
+        self._control_ns += time.thread_time_ns() - before
         self._chain_and_record(now, events, commands)
         for command in commands:
             kind = type(command)
@@ -231,6 +235,15 @@ class SimDriver:
         for event in events:
             if type(event) is e.RequestCancelled:
                 self._ended(now, event.request)
+        if commands or (events and type(events[0]) is not e.ReplicaReported):
+            self._held = 0
+        elif not events:
+            self._held += 1
+            if self._held > HELD_MAX:
+                raise PolicyError(
+                    f"policy {self._plane.policy.name}: its limit has put off the queued tasks {HELD_MAX:,} times in a row "
+                    "(hold_until) and nothing else happens; a hold must end"
+                )
         wakeup = self._plane.wakeup_at
         if wakeup < NEVER and not now < self._plane_wakeup <= wakeup:
             self._plane_wakeup = wakeup
@@ -400,9 +413,9 @@ class _Interrupt:
 
 @contextmanager
 def _interrupts_held() -> Iterator[_Interrupt]:
-    """Ctrl-C is noted instead of raised, so that it cannot land in the middle of a step of the plane.
+    """Ctrl-C and SIGTERM are noted, so that they cannot land in the middle of a step of the plane or lose the run.
 
-    The second one is raised. Outside the main thread, where signals never arrive, nothing is changed.
+    The second one is raised as KeyboardInterrupt. Outside the main thread, where signals never arrive, nothing is changed.
     """
     interrupt = _Interrupt()
     if threading.current_thread() is not threading.main_thread():
@@ -414,11 +427,12 @@ def _interrupts_held() -> Iterator[_Interrupt]:
             raise KeyboardInterrupt
         interrupt.came = True
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Slot:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sage_core.errors import ConfigError
-from sage_core.units import SECONDS_MAX, Nanos, seconds
+from sage_core.units import Nanos, seconds
+
+DELAY_S_MAX = 3600.0
+"""A delay beyond this is a mistake in the units."""
 
 _CHUNK = 4096
 
@@ -22,8 +25,8 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         for name in ("delay_s", "jitter_s"):
             value = getattr(self, name)
-            if not 0 <= value <= SECONDS_MAX:
-                raise ConfigError(f"network.{name}: expected seconds from 0 to {SECONDS_MAX:g}, got {value!r}")
+            if not 0 <= value <= DELAY_S_MAX:
+                raise ConfigError(f"network.{name}: expected seconds from 0 to {DELAY_S_MAX:g}, got {value!r}")
 
 
 class Way:

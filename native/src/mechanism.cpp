@@ -509,6 +509,9 @@ void Mechanism::place(std::int64_t now, std::size_t index, std::size_t row, std:
   const TaskTable& t = pool.tasks;
   ReplicaTable& s = pool.serving;
   std::int64_t task = t.task[row], input = t.input_tokens[row], output = t.output_tokens[row];
+  if (!is_open(pool, r, now, t.priority[row] <= 0))
+    throw InvariantViolation("invariant 2: task " + std::to_string(task) + " placed on replica " +
+                             std::to_string(s.replica[r]) + ", which is not open to it");
 
   if (task == pool.oldest())
     pool.bypassed = 0;

@@ -24,7 +24,7 @@ class EngineLimit:
 
     def __post_init__(self) -> None:
         if self.factor is not None:
-            require("limit.factor", self.factor, 0.0, 1e6)
+            require("limit_factor", self.factor, 0.0, 1e6)
 
     def limit(self, now: Nanos, replicas: ReplicaView, queue: QueueView) -> Limits:
         """``max(1, floor(tasks_max * factor))`` tasks of any priority; tokens unlimited; nothing held."""

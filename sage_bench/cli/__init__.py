@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -13,9 +12,9 @@ from sage_core.errors import SageError
 
 def main() -> None:
     """Entry point: a user's mistake is one line on standard error and a documented exit code, never a traceback."""
-    sys.path.insert(0, os.getcwd())  # a user's own policy or load, by _target_: to run it, and to replay what it decided
+    sys.path.insert(0, "")  # the working directory: a user's own policy, to run it and to replay what it decided
     try:
-        command()()
+        command()(prog_name="sage")
     except SageError as error:
         leave(error)
     except KeyboardInterrupt:

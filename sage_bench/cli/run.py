@@ -15,9 +15,10 @@ import typer
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 
 from sage_bench.cli.leave import leave
 from sage_bench.config import override_hint
@@ -56,7 +57,8 @@ def _hydra_main(composed: DictConfig) -> None:
 
 def _job(composed: DictConfig) -> None:
     console = Console(stderr=True, highlight=False)
-    overrides = list(HydraConfig.get().overrides.task)
+    # As written: an interpolation in them is for the configuration to resolve.
+    overrides: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
     with console.status("composing") as status:
 
         def tick(now: int, plane: ControlPlane) -> None:
@@ -77,7 +79,7 @@ def _job(composed: DictConfig) -> None:
 
 def _tell(result: RunResult, console: Console) -> None:
     for warning in result.warnings:
-        console.print(f"[yellow]note:[/yellow] {warning}")
+        console.print(f"[yellow]note:[/yellow] {escape(warning)}", soft_wrap=True)
     counts, finish = result.counts, result.finish
     state = "interrupted, partial" if finish.interrupted else "done"
     print(

@@ -138,7 +138,9 @@ class Limits(NamedTuple):
             raise ConfigError("load.requests, load.duration_s: set at least one, or the load never ends")
         return Limits(
             None if requests is None else whole("load.requests", requests, 1),
-            None if duration_s is None else seconds(number("load.duration_s", duration_s, 0.0, SECONDS_MAX, above=True)),
+            None
+            if duration_s is None
+            else seconds(number("load.duration_s", duration_s, 0.0, SECONDS_MAX, above=True)),
         )
 
 

@@ -71,7 +71,7 @@ METRICS: Final = {
         Metric("jain_service", "Jain service", "", 1, "higher", "Jain index over tenants of (responded by the end of the arrival window / offered)"),
         Metric("jain_slo", "Jain SLO", "", 1, "higher", "Jain index over tenants of SLO attainment"),
         Metric("utilisation", "busy", "%", 0.01, None, "time a replica had work, of its time in the arrival window, mean over replicas"),
-        Metric("control_ns_per_request", "in the plane", "us/req", 1000, None, "wall time spent inside the control plane, per request of the run"),
+        Metric("control_ns_per_request", "in the plane", "us/req", 1000, None, "CPU time spent inside the control plane, per request of the run"),
         Metric("control_overhead", "overhead", "%", 0.01, None, "time in the plane per request / mean E2E"),
         Metric("cost_per_1k", "cost", "USD/1k", 1, "lower", "price of the cluster over the makespan, per 1,000 responded requests"),
     ]

@@ -58,11 +58,28 @@ def summarise(runs: Runs, baseline: str | None = None) -> Summary:
     few = min(len({run.manifest.seed for run in arm}) for each in found for arm in each.arms.values())
     if few < SEEDS_MIN:
         notes.append(f"some policies ran with {few} seed{'s' if few > 1 else ''}; {SEEDS_MIN} or more are advised")
+    notes.extend(_same_decisions(found))
     rows = measured(found)
     whole = rows[rows["tenant"] == ALL]
     if any((whole[f"{name}_p99"].isna() & whole[f"{name}_samples"].gt(0)).any() for name in LATENCIES):
         notes.append(f"a p99 needs {P99_SAMPLES_MIN} samples in a run; where there are fewer, none is given")
     return Summary(found, rows, means(rows), verdicts(rows), _sweeps(found), notes)
+
+
+def _same_decisions(found: Sequence[Condition]) -> list[str]:
+    """Policies that a condition cannot tell apart: every run has the same digest, so they decided alike."""
+    notes = []
+    for each in found:
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name, arm in each.arms.items():
+            alike.setdefault(tuple(sorted(run.manifest.digest for run in arm)), []).append(name)
+        for names in alike.values():
+            if len(names) > 1:
+                where = f" ({each.label})" if each.label else ""
+                notes.append(
+                    f"{', '.join(names)} made the same decisions throughout{where}: this load cannot tell them apart"
+                )
+    return notes
 
 
 def _sweeps(found: Sequence[Condition]) -> list[Sweep]:

@@ -47,11 +47,15 @@ def sage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sage:
         with monkeypatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setattr(sys, "argv", ["sage", *map(str, args)])
             patch.setattr(sys, "path", list(sys.path))
+            patch.setattr(sys, "dont_write_bytecode", True)
             patch.chdir(cwd)
             try:
                 main()
             except SystemExit as leaving:
                 code = leaving.code or 0
+        for name, module in list(sys.modules.items()):  # a user's own module is read anew by the next command
+            if str(getattr(module, "__file__", None)).startswith(str(cwd)):
+                del sys.modules[name]
         return Done(code, out.getvalue(), err.getvalue())
 
     return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -36,8 +37,7 @@ def sweep_of(experiment: str) -> dict[str, list[str]]:
     """Every value of every key that the experiment sweeps."""
     with initialize_config_module("sage_bench.conf", version_base="1.3"):
         hydra = compose("config", [f"experiment={experiment}"], return_hydra_config=True).hydra
-    params = OmegaConf.to_container(hydra.sweeper.params) if hydra.sweeper.params else {}
-    assert isinstance(params, dict)
+    params: Any = OmegaConf.to_container(hydra.sweeper.params) if hydra.sweeper.params else {}
     parser = OverridesParser.create()
     sweep = {}
     for key, values in params.items():

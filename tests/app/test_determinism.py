@@ -86,4 +86,3 @@ def test_where_results_go_and_who_watches_change_nothing(go: Go, tmp_path: Path)
     assert fingerprint(here) == fingerprint(there) and here.folder != there.folder
     blind = go(*HARD, "record.tasks=false", "record.steps=false")
     assert blind.finish.digest == here.finish.digest
-
