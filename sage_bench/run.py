@@ -122,8 +122,16 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
                 # Outcomes as in the rows: a step that could not be taken is in the plane's figures and nowhere else.
                 counts={**{name: getattr(counts, name) for name in counts.__dataclass_fields__}, **rows.counts()},
             )
-    warnings = parts.warnings + (_why_failed(folder, parts) if counts.failed and not finish.interrupted else [])
+    warnings = [*parts.warnings, *_all_warmup(config, finish)] + (
+        _why_failed(folder, parts) if counts.failed and not finish.interrupted else []
+    )
     return RunResult(folder, config, counts, finish, warnings, time.perf_counter() - wall)
+
+
+def _all_warmup(config: RunConfig, finish: Finish) -> list[str]:
+    if 0 < finish.now <= seconds(config.warmup_s):
+        return [f"warmup_s={config.warmup_s:g} is longer than the run ({finish.now / 1e9:.1f} s): no request counts"]
+    return []
 
 
 def run_id(parts: Parts, plain: dict[str, Any]) -> str:

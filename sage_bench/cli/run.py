@@ -43,7 +43,7 @@ def command(context: typer.Context) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"config: {_composing(str(error))}") from error
     except (ValueError, OSError) as error:
-        if _ours(error):
+        if _ours(error) or isinstance(error, BrokenPipeError):
             raise
         if isinstance(error, OSError):  # the folder of a sweep, which Hydra makes
             raise output_error(Path(error.filename or "."), error) from error
@@ -82,11 +82,17 @@ def _tell(result: RunResult, console: Console) -> None:
         console.print(f"[yellow]note:[/yellow] {escape(warning)}", soft_wrap=True)
     counts, finish = result.counts, result.finish
     state = "interrupted, partial" if finish.interrupted else "done"
-    print(
+    line = (
         f"{result.folder}: {state}; {counts.arrived:,} requests in {finish.now / 1e9:,.1f} simulated s, "
         f"{counts.responded:,} responded, {counts.rejected:,} rejected, {counts.cancelled:,} cancelled, "
         f"{counts.failed:,} failed; {finish.total_s:.2f} CPU s; digest {finish.digest.hex()}"
     )
+    try:
+        print(line, flush=True)
+    except OSError as error:  # nobody reads it, or there is no room for it: the results are on disk all the same
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is still buffered must not fail again at exit
+        if not isinstance(error, BrokenPipeError):
+            console.print(f"[yellow]note:[/yellow] standard output: {error.strerror}; {escape(line)}", soft_wrap=True)
 
 
 def _composing(text: str) -> str:
