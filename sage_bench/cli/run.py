@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -79,7 +80,7 @@ def _job(composed: DictConfig) -> None:
 
 def _tell(result: RunResult, console: Console) -> None:
     for warning in result.warnings:
-        console.print(f"[yellow]note:[/yellow] {escape(warning)}", soft_wrap=True)
+        _note(warning)
     counts, finish = result.counts, result.finish
     state = "interrupted, partial" if finish.interrupted else "done"
     line = (
@@ -92,7 +93,12 @@ def _tell(result: RunResult, console: Console) -> None:
     except OSError as error:  # nobody reads it, or there is no room for it: the results are on disk all the same
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is still buffered must not fail again at exit
         if not isinstance(error, BrokenPipeError):
-            console.print(f"[yellow]note:[/yellow] standard output: {error.strerror}; {escape(line)}", soft_wrap=True)
+            _note(f"standard output: {error.strerror}; {line}")
+
+
+@functools.cache  # the points of a sweep would all say the same
+def _note(text: str) -> None:
+    Console(stderr=True, highlight=False).print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True)
 
 
 def _composing(text: str) -> str:
