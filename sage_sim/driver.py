@@ -29,7 +29,7 @@ from sage_core.units import NEVER, Nanos, request_of, seconds
 from sage_sim.faults import Fault
 from sage_sim.network import NetworkConfig, Way
 
-HELD_MAX = 100_000
+HELD_MAX = 10_000
 """Wakeups in a row that decide nothing: a policy that always wants to wait a little longer would never end."""
 
 _PUMP_PRIORITY = 9  # after everything else at the same instant; SimPy's own are 0 and 1

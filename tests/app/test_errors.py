@@ -313,7 +313,7 @@ BROKEN_POLICIES = [
     ("limit_none", POLICY, "limit Limit: tasks_max must have one entry a replica"),
     ("limit_fraction", POLICY, "limit Limit: tasks_max must be whole numbers"),
     ("limit_raises", POLICY, "policy mine: TypeError: .*(.*broken_policies.py:"),
-    ("limit_waits", POLICY, "policy mine: its limit has put off the queued tasks 100,000 times in a row"),
+    ("limit_waits", POLICY, "policy mine: its limit has put off the queued tasks 10,000 times in a row"),
     ("predict_fraction", POLICY, "predict mine: expected a whole number of tokens.*got 2.5"),
     ("predict_negative", POLICY, "predict mine: expected a whole number of tokens.*got -1"),
     ("predict_nan", POLICY, "predict mine: expected a whole number of tokens.*got nan"),

@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a run leaves a partial result that is whole in itself, and exit code 130."""
+"""Ctrl-C (or a batch system's SIGTERM) in the middle of a run leaves a partial result that is whole in itself, and exit code 130."""
 
 from __future__ import annotations
 
@@ -50,10 +50,11 @@ def assert_whole(folder: Path) -> Manifest:
     return manifest
 
 
-def test_a_run(sage: Sage, sage_started: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run(sage: Sage, sage_started: Start, tmp_path: Path, number: signal.Signals) -> None:
     process = sage_started("run", *ENDLESS, f"results={tmp_path}")
     folder = wait_for(tmp_path, "mixed/*/steps.parquet", process).parent
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert f"{folder}: interrupted, partial; " in out and "Traceback" not in err
@@ -72,7 +73,7 @@ def test_a_sweep_stops(sage_started: Start, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in err
-    (folder,) = (path for path in (tmp_path / "mixed").iterdir())
+    (folder,) = (path.parent for path in (tmp_path / "mixed").glob("*/manifest.json"))
     assert assert_whole(folder).status == "interrupted"
     assert out.count("interrupted, partial") == 1
 

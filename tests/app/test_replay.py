@@ -14,6 +14,7 @@ import pytest
 
 from sage_bench.results.manifest import read_manifest
 from sage_bench.run import RunResult
+from sage_core.events import RequestArrived
 from sage_core.log import Chain, decode_events
 
 Sage = Callable[..., Any]
@@ -98,7 +99,7 @@ class TestDiverged:
                 if index > 100 and at >= 0:
                     # Input tokens one higher: the last byte of an integer in the array after tag and strings.
                     events = decode_events(index, row["events"])
-                    first = next(e for e in events if type(e).__name__ == "RequestArrived")
+                    first = next(e for e in events if isinstance(e, RequestArrived))
                     encoded = _uint(first.input_tokens)
                     place = row["events"].index(encoded, at)
                     row["events"] = (
@@ -217,7 +218,7 @@ class TestDamaged:
     def test_no_log(self, sage: Sage, go: Go) -> None:
         folder = go(*SMALL, "record.steps=false").folder
         done = sage("replay", folder)
-        assert done.code == 3 and "steps.parquet: there is no log; the run was made with record.steps=false" in done.err
+        assert done.code == 3 and "steps.parquet: there is no log" in done.err and "record.steps=false" in done.err
 
     def test_another_table_in_its_place(self, sage: Sage, recorded: Path) -> None:
         shutil.copy(recorded / "tasks.parquet", recorded / "steps.parquet")
