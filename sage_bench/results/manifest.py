@@ -131,7 +131,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     steps: int
     control_s: float
-    repetitions: int | None = None
     trace: FileFact | None = None
     profiles: dict[str, FileFact] = {}
     replicas: tuple[ReplicaFact, ...] = ()
@@ -163,7 +162,6 @@ def write_manifest(
     overrides: tuple[str, ...] = (),
     warmup_ns: int = 0,
     cooldown_at_ns: int | None = None,
-    repetitions: int | None = None,
     trace: Path | None = None,
     profiles: Mapping[str, Path] | None = None,
     replicas: tuple[ReplicaFact, ...] = (),
@@ -195,7 +193,6 @@ def write_manifest(
         digest=digest,
         steps=steps,
         control_s=control_s,
-        repetitions=repetitions,
         trace=None if trace is None else file_fact(trace),
         profiles={name: file_fact(path) for name, path in (profiles or {}).items()},
         replicas=replicas,

@@ -1,4 +1,4 @@
-"""The queueing system that makes rows for these tests."""
+"""What several areas of the tests share: the queueing system that makes rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def queueing() -> ModuleType:
     """``tests/results/queueing.py``; importlib mode has no import path to it."""
     name = "sage_tests_queueing"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "results" / "queueing.py")
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "results" / "queueing.py")
         assert spec is not None and spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
