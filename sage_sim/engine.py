@@ -20,7 +20,7 @@ from sage_core.events import AnyEvent, ReplicaJoined, ReplicaReported, TaskFaile
 from sage_core.units import Nanos, PoolKind, request_of
 from sage_sim import engine_reference
 from sage_sim.engine_reference import FINISHED, FIRST_TOKEN
-from sage_sim.iteration import IterationTime
+from sage_sim.iteration import IterationTime, IterationWork
 
 TYPICAL_INPUT_TOKENS = 512
 TYPICAL_CONTEXT_TOKENS = 576
@@ -150,7 +150,9 @@ class SimulatedDevice:
         """
         joined = []
         if (llm := self._llm) is not None:
-            alone_ps = llm.time.iteration_ps(0, 0, TYPICAL_INPUT_TOKENS, TYPICAL_INPUT_TOKENS**2)
+            alone_ps = llm.time.iteration_ps(
+                IterationWork(chunks=1, prefill_tokens=TYPICAL_INPUT_TOKENS, attention2=TYPICAL_INPUT_TOKENS**2)
+            )
             fixed_ns, input_token_ns = _line(llm, alone_ps)
             joined.append(
                 ReplicaJoined(

@@ -36,7 +36,7 @@ from typing import Literal
 
 from sage_core.errors import IllegalEvent
 from sage_core.units import NEVER
-from sage_sim.iteration import IterationTime
+from sage_sim.iteration import IterationTime, IterationWork
 
 FIRST_TOKEN, FINISHED, FAILED = 0, 1, 2
 """Event codes. Values: output tokens so far (1); output tokens in all (0 for an embedding); KV blocks it would need."""
@@ -414,10 +414,14 @@ class _Llm:
         decodes = [seq for seq, _ in members if seq.decoding]
         prefills = [(seq.computed - tokens, tokens) for seq, tokens in members if not seq.decoding]
         return self.time.iteration_ps(
-            seqs=len(decodes),
-            kv_tokens=sum(seq.computed - 1 for seq in decodes),
-            prefill_tokens=sum(tokens for _, tokens in prefills),
-            attention2=sum(tokens * (2 * context + tokens) for context, tokens in prefills),
+            IterationWork(
+                seqs=len(decodes),
+                kv_tokens=sum(seq.computed - 1 for seq in decodes),
+                chunks=len(prefills),
+                prefill_tokens=sum(tokens for _, tokens in prefills),
+                prefill_context=sum(context for context, _ in prefills),
+                attention2=sum(tokens * (2 * context + tokens) for context, tokens in prefills),
+            )
         )
 
     def _count_gap(self, gap_ps: int) -> None:

@@ -17,11 +17,23 @@ of k decode iterations an exact arithmetic series, which is what lets the native
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from sage_core.errors import ConfigError
 
 COEFFICIENT_MAX = 10**15
 """Largest accepted coefficient (ps): 1,000 s. Keeps products far from the limits of the native integers."""
+
+
+class IterationWork(NamedTuple):
+    """What one LLM iteration works on. A chunk is the part of one prompt that it prefills."""
+
+    seqs: int = 0  # decoding sequences
+    kv_tokens: int = 0  # their context, in all
+    chunks: int = 0  # prompts of which a chunk is prefilled
+    prefill_tokens: int = 0  # new prompt tokens, over all chunks
+    prefill_context: int = 0  # tokens computed before, under the chunks
+    attention2: int = 0  # sum over chunks of p * (2 * context + p)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +62,13 @@ class IterationTime:
                     f"iteration time: {field.name}: expected a whole number from {least} to {COEFFICIENT_MAX}, got {value!r}"
                 )
 
-    def iteration_ps(self, seqs: int, kv_tokens: int, prefill_tokens: int, attention2: int) -> int:
-        """Duration of an LLM iteration over ``seqs`` decodes and ``prefill_tokens`` (P) with ``attention2`` (A2)."""
-        decode = self.decode_seq * seqs + self.decode_kv * kv_tokens
-        if prefill_tokens == 0:
+    def iteration_ps(self, work: IterationWork) -> int:
+        """Duration of an LLM iteration."""
+        decode = self.decode_seq * work.seqs + self.decode_kv * work.kv_tokens
+        if work.prefill_tokens == 0:
             return self.overhead + self.decode_base + decode
-        return max(
-            1, self.overhead + self._prefill_ps(prefill_tokens, attention2) + decode * self.mixed_permille // 1000
-        )
+        prefill = self._prefill_ps(work.prefill_tokens, work.attention2)
+        return max(1, self.overhead + prefill + decode * self.mixed_permille // 1000)
 
     def batch_ps(self, tokens: int, attention2: int) -> int:
         """Duration of an embedding batch of ``tokens`` (padding included) with ``attention2`` (A2)."""

@@ -13,11 +13,6 @@
 namespace sage {
 namespace {
 
-std::int64_t narrow(Wide value) {
-  if (value > kNone - 1) throw std::overflow_error("simulated time passed 2^63 ps (106 days)");
-  return static_cast<std::int64_t>(value);
-}
-
 Ps to_ps(Ns now) { return now > kNone / 1000 ? kNone : now * 1000; }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }  // a, b >= 0
@@ -45,22 +40,6 @@ const std::vector<Ns>& itl_edges() {
 }  // namespace
 
 // --- time ------------------------------------------------------------------------------------------------------------
-
-Wide IterationTime::prefill(std::int64_t tokens, Wide attention2) const {
-  const Wide line = prefill_base + static_cast<Wide>(prefill_token) * tokens + prefill_attn * attention2 / 2;
-  return std::max<Wide>(prefill_floor, line);
-}
-
-Ps IterationTime::iteration(std::int64_t seqs, std::int64_t kv_tokens, std::int64_t prefill_tokens,
-                            Wide attention2) const {
-  const Wide decode = static_cast<Wide>(decode_seq) * seqs + static_cast<Wide>(decode_kv) * kv_tokens;
-  if (prefill_tokens == 0) return narrow(overhead + decode_base + decode);
-  return narrow(std::max<Wide>(1, overhead + prefill(prefill_tokens, attention2) + decode * mixed_permille / 1000));
-}
-
-Ps IterationTime::batch(std::int64_t tokens, Wide attention2) const {
-  return narrow(std::max<Wide>(1, overhead + prefill(tokens, attention2)));
-}
 
 Ps Work::span(std::int64_t iterations) const {
   const Wide n = iterations;
@@ -318,17 +297,19 @@ void Device::start_iterations(Ps at) {
   const bool preempted = schedule_running();
   if (!preempted) admit();
 
-  std::int64_t tokens = 0;
-  Wide attention2 = 0;
-  for (const Chunk& chunk : m.chunks) {
-    const Sequence& seq = m.slots[static_cast<std::size_t>(chunk.slot)];
-    tokens += chunk.tokens, attention2 += static_cast<Wide>(chunk.tokens) * (2 * seq.computed + chunk.tokens);
-  }
   Work work{Kind::kIterations, at, at, 0, 0, 1};
-  work.first = llm_->time.iteration(m.decoding, m.decoding_kv_tokens, tokens, attention2);
   if (m.chunks.empty()) {
-    work.growth = narrow(static_cast<Wide>(llm_->time.decode_kv) * m.decoding);
-    if (!preempted && embed_waiting.empty()) work.count = jump_length();
+    const std::int64_t most = preempted || !embed_waiting.empty() ? 1 : jump_length();
+    const Series series = llm_->time.decode(m.decoding, m.decoding_kv_tokens, most);
+    work.first = series.first, work.growth = series.growth, work.count = series.terms;
+  } else {
+    IterationWork doing{m.decoding, m.decoding_kv_tokens};
+    for (const Chunk& chunk : m.chunks) {
+      const Sequence& seq = m.slots[static_cast<std::size_t>(chunk.slot)];
+      ++doing.chunks, doing.prefill_tokens += chunk.tokens, doing.prefill_context += seq.computed;
+      doing.attention2 += static_cast<Wide>(chunk.tokens) * (2 * seq.computed + chunk.tokens);
+    }
+    work.first = llm_->time.iteration(doing);
   }
   work.end = narrow(static_cast<Wide>(at) + work.span(work.count));
   m.work = work;

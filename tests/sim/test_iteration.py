@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sage_core.errors import ConfigError
-from sage_sim.iteration import COEFFICIENT_MAX, IterationTime
+from sage_sim.iteration import COEFFICIENT_MAX, IterationTime, IterationWork
 
 LAW = IterationTime(
     decode_base=1_000,
@@ -23,15 +23,20 @@ LAW = IterationTime(
 
 
 def test_phases() -> None:
-    assert LAW.iteration_ps(2, 30, 0, 0) == 7 + 1_000 + 20 + 90
-    assert LAW.iteration_ps(0, 0, 100, 100 * 100) == 7 + 100 + 2_000 + 25_000
-    assert LAW.iteration_ps(0, 0, 3, 9) == 7 + 5_000  # on the floor; 100 + 60 + 45 // 2 below it
-    assert LAW.iteration_ps(2, 30, 100, 100 * 100) == 7 + 100 + 2_000 + 25_000 + (20 + 90) * 3 // 2
+    assert LAW.iteration_ps(IterationWork(2, 30)) == 7 + 1_000 + 20 + 90
+    assert LAW.iteration_ps(IterationWork(0, 0, prefill_tokens=100, attention2=100 * 100)) == 7 + 100 + 2_000 + 25_000
+    assert (
+        LAW.iteration_ps(IterationWork(0, 0, prefill_tokens=3, attention2=9)) == 7 + 5_000
+    )  # on the floor; 100 + 60 + 45 // 2 below it
+    assert (
+        LAW.iteration_ps(IterationWork(2, 30, prefill_tokens=100, attention2=100 * 100))
+        == 7 + 100 + 2_000 + 25_000 + (20 + 90) * 3 // 2
+    )
     assert LAW.batch_ps(100, 100 * 100) == 7 + 100 + 2_000 + 25_000
 
 
 def test_nothing_takes_no_time() -> None:
-    assert IterationTime().iteration_ps(0, 0, 5, 25) == 1
+    assert IterationTime().iteration_ps(IterationWork(0, 0, prefill_tokens=5, attention2=25)) == 1
     assert IterationTime().batch_ps(5, 25) == 1
 
 

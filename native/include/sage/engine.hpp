@@ -25,29 +25,15 @@
 #include <utility>
 #include <vector>
 
+#include "sage/iteration.hpp"
+
 namespace sage {
 
-using Ps = std::int64_t;  // picoseconds of device time; ends after 2^63 ps = 106 days
 using Ns = std::int64_t;
 
 constexpr std::int64_t kNone = std::numeric_limits<std::int64_t>::max();  // the instant that does not come
 
 constexpr std::int64_t kTokensMax = (std::int64_t{1} << 31) - 1;  // in or out of a task
-
-__extension__ typedef __int128 Wide;  // products of times and token counts, narrowed with a check
-
-// Coefficients in ps; the twin of sage_sim/iteration.py, which gives the formulas.
-struct IterationTime {
-  std::int64_t decode_base, decode_seq, decode_kv;
-  std::int64_t prefill_floor, prefill_base, prefill_token, prefill_attn;
-  std::int64_t mixed_permille, overhead;
-
-  Ps iteration(std::int64_t seqs, std::int64_t kv_tokens, std::int64_t prefill_tokens, Wide attention2) const;
-  Ps batch(std::int64_t tokens, Wide attention2) const;
-
- private:
-  Wide prefill(std::int64_t tokens, Wide attention2) const;
-};
 
 struct LlmConfig {
   IterationTime time;
