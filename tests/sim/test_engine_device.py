@@ -12,7 +12,7 @@ from sage_core.errors import ConfigError, IllegalEvent
 from sage_core.events import AnyEvent, ReplicaReported, TaskFailed, TaskFinished, TokensProduced
 from sage_core.units import NEVER, Nanos, PoolKind, task_id
 from sage_sim.engine import EmbedReplica, LlmReplica, ReplicaUsage, SimulatedDevice
-from sage_sim.iteration import IterationTime
+from sage_sim.iteration import IterationTime, IterationWork
 
 LLM_TIME = IterationTime(
     decode_base=10_000_000,
@@ -110,9 +110,9 @@ def test_joined_hints_follow_the_law() -> None:
         "node0",
     )
     assert (first.tasks_max, first.batch_tokens_max, first.kv_tokens_max) == (8, 512, 1_600)
-    alone_ns = LLM_TIME.iteration_ps(0, 0, 512, 512**2) / 1000
+    alone_ns = LLM_TIME.iteration_ps(IterationWork(prefill_tokens=512, attention2=512**2)) / 1000
     assert first.fixed_ns + first.input_token_ns * 512 == pytest.approx(alone_ns + 1_000)
-    assert first.output_token_ns + 7 * first.output_seq_ns == LLM_TIME.iteration_ps(7, 7 * 576, 0, 0) / 1000
+    assert first.output_token_ns + 7 * first.output_seq_ns == LLM_TIME.iteration_ps(IterationWork(7, 7 * 576)) / 1000
     assert (second.replica, second.pool_kind, second.kv_tokens_max) == (5, PoolKind.EMBEDDING, 0)
     assert second.fixed_ns + second.input_token_ns * 512 == pytest.approx(EMBED_TIME.batch_ps(512, 512**2) / 1000)
 

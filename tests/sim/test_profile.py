@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from sage_core.errors import ConfigError, DataError
+from sage_sim.iteration import IterationWork
 from sage_sim.profile import PROFILES, load_profile, profile_names
 
 LLM = "llama-3.1-8b-a100-tp1"
@@ -57,7 +58,9 @@ def test_picoseconds_agree_with_the_human_units(name: str) -> None:
         if profile.kind == "embedding" and seqs:
             continue
         exact_us = float(time.step_us(tokens, pairs, seqs, kv))
-        assert law.iteration_ps(seqs, kv, tokens, 2 * pairs) == pytest.approx(exact_us * 1e6, rel=1e-6, abs=2)
+        assert law.iteration_ps(IterationWork(seqs, kv, prefill_tokens=tokens, attention2=2 * pairs)) == pytest.approx(
+            exact_us * 1e6, rel=1e-6, abs=2
+        )
 
 
 def test_kv_tokens_by_hand() -> None:

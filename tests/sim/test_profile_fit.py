@@ -24,6 +24,7 @@ from profile_fit.kernels import Kernels, LayerProfile  # noqa: E402
 from profile_fit.recipes import RECIPES  # noqa: E402
 from profile_fit.steps import Step, Steps, decode, prefill  # noqa: E402
 
+from sage_sim.iteration import IterationWork
 from sage_sim.profile import TimeModel, load_profile, profile_names  # noqa: E402
 
 needs_data = pytest.mark.skipif(
@@ -167,7 +168,13 @@ def test_errors_in_the_file_are_those_on_held_out_points(name: str, device: str,
         train, held = steps.split(f"{name}/{phase}")
         rows = zip(held.seqs, held.kv, held.tokens, held.pairs, held.time_us, strict=True)
         error = [
-            100 * (law.iteration_ps(int(n), int(kv), int(p), round(2 * a)) / 1e6 / time - 1)
+            100
+            * (
+                law.iteration_ps(IterationWork(int(n), int(kv), prefill_tokens=int(p), attention2=round(2 * a)))
+                / 1e6
+                / time
+                - 1
+            )
             for n, kv, p, a, time in rows
         ]
         told = profile.errors[phase]
