@@ -27,9 +27,9 @@ from rich.table import Table
 
 from sage_core.classify import RequestClassifier
 from sage_core.events import AnyEvent, ReplicaJoined, RequestArrived, TaskFinished
-from sage_core.ops import MechanismName, make_mechanism
+from sage_core.native_plane import MechanismName, make_plane
+from sage_core.ops import make_mechanism
 from sage_core.pipeline import single_request_pipelines
-from sage_core.plane import ControlPlane
 from sage_core.policy import Policy, native_twin
 from sage_core.units import SECOND, Nanos
 from sage_policies.presets import PRESETS
@@ -125,7 +125,7 @@ def mechanism_rate(policy: str, implementation: MechanismName, queue: int, per_s
 
 def plane_rate(policy: str, queue: int, per_step: int, steps: int) -> float:
     """Decisions per CPU-second of the whole plane; making the events is not counted."""
-    plane = ControlPlane(single_request_pipelines(), {policy: PRESETS[policy]}, policy)
+    plane = make_plane("native", single_request_pipelines(), {policy: PRESETS[policy]}, policy)
     slots = max(2 * per_step, 4)
     requests = iter(range(1 << 40))
 

@@ -13,16 +13,18 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 
 from sage_bench.config import NAME, DeviceConfig, EmbedConfig, LlmConfig, RunConfig
+from sage_core import native_plane as planes
 from sage_core.errors import ConfigError, SageError
 from sage_core.load import Load
+from sage_core.native_plane import Plane
 from sage_core.pipeline import Pipeline, single_request_pipelines
-from sage_core.plane import ControlPlane
 from sage_core.policy import Policy
 from sage_core.rng import Streams
 from sage_core.slo import SloTable
 from sage_policies.predict import Oracle
 from sage_policies.presets import PRESETS, preset
-from sage_sim.driver import Device, MakeDevice, Recorder, SimDriver
+from sage_sim.device import Device, MakeDevice, Recorder
+from sage_sim.driver import SimDriver
 from sage_sim.engine import EmbedReplica, LlmReplica, SimulatedDevice
 from sage_sim.operator import OperatorDevice, OperatorReplica
 from sage_sim.profile import Profile, load_profile
@@ -71,7 +73,7 @@ def make_parts(config: RunConfig) -> Parts:
     )
 
 
-def make_plane(config: RunConfig, truth: TruthOf | None = None) -> ControlPlane:
+def make_plane(config: RunConfig, truth: TruthOf | None = None) -> Plane:
     """A fresh control plane. ``truth``: for the oracle predictor only."""
     chosen = make_policy(config).name
     policies: dict[str, Callable[[], Policy]] = {name: lambda name=name: preset(name) for name in PRESETS}  # type: ignore[misc]
@@ -83,12 +85,8 @@ def make_plane(config: RunConfig, truth: TruthOf | None = None) -> ControlPlane:
         return policy
 
     policies[chosen] = active
-    return ControlPlane(
-        single_request_pipelines(),
-        policies,
-        chosen,
-        attempts_max=config.attempts_max,
-        mechanism=config.mechanism,
+    return planes.make_plane(
+        config.mechanism, single_request_pipelines(), policies, chosen, attempts_max=config.attempts_max
     )
 
 

@@ -27,8 +27,9 @@ from sage_bench.results.recorder import RunRecorder
 from sage_bench.results.writer import StepWriter, output_error
 from sage_core.commands import AnyCommand
 from sage_core.events import AnyEvent
+from sage_core.native_plane import Plane
 from sage_core.ops import native_build
-from sage_core.plane import ControlPlane, Counts
+from sage_core.plane import Counts
 from sage_core.units import NEVER, seconds
 from sage_sim.driver import Finish, SimDriver
 from sage_sim.profile import PROFILES
@@ -36,7 +37,7 @@ from sage_sim.profile import PROFILES
 CONFIG_NAME = "config.yaml"
 REASONS_TOLD = 3
 
-Tick = Callable[[int, ControlPlane], None]
+Tick = Callable[[int, Plane], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sage_core.events import RequestArrived
 from sage_core.units import Nanos
@@ -17,6 +20,28 @@ class Arrival(NamedTuple):
     output_tokens: int
 
 
+class Arrivals(NamedTuple):
+    """Many arrivals as columns, in time order; row i of each array (n,) int64 is one request, numbered ``first + i``.
+
+    ``pipeline`` and ``tenant`` are indices into ``pipelines`` and ``tenants``. Requests are scheduled at ``at`` (ns).
+    """
+
+    pipelines: list[str]
+    tenants: list[str]
+    first: int
+    at: NDArray[np.int64]
+    pipeline: NDArray[np.int64]
+    kind: NDArray[np.int64]
+    tenant: NDArray[np.int64]
+    priority: NDArray[np.int64]
+    input_tokens: NDArray[np.int64]
+    output_tokens_max: NDArray[np.int64]
+    ttft_due_at: NDArray[np.int64]
+    due_at: NDArray[np.int64]
+    prefix: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+
+
 class Load(Protocol):
     """Requests in time order. Ids are dense from zero in the order they are issued."""
 
@@ -25,3 +50,11 @@ class Load(Protocol):
 
     def ended(self, now: Nanos, request: int) -> Arrival | None:
         """A closed-loop user's next request after ``request`` ended, ``at >= now``; ``None`` for open loop."""
+
+
+@runtime_checkable
+class ColumnLoad(Protocol):
+    """An open-loop load that can also give its arrivals in columns: the same ones, many times faster."""
+
+    def columns(self) -> Iterator[Arrivals]:
+        """What ``arrivals()`` gives; some may be empty."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from sage_core import reference
 from sage_core.errors import ConfigError
@@ -12,13 +12,12 @@ if TYPE_CHECKING:
     from sage_core import _native
 
 Mechanism: TypeAlias = "_native.Mechanism | reference.Mechanism"
-MechanismName: TypeAlias = Literal["native", "reference"]
 
 
 def make_mechanism(name: str) -> Mechanism:
     """``native`` (C++) or ``reference`` (Python); equal by differential test."""
     if name == "native":
-        native: Mechanism = _extension().Mechanism()
+        native: Mechanism = extension().Mechanism()
         return native
     if name == "reference":
         return reference.Mechanism()
@@ -27,10 +26,11 @@ def make_mechanism(name: str) -> Mechanism:
 
 def native_build() -> str:
     """Compiler and architecture of the extension: part of what a replay must match."""
-    return str(_extension().build)
+    return str(extension().build)
 
 
-def _extension() -> ModuleType:
+def extension() -> ModuleType:
+    """The native operators. ConfigError where they cannot be imported."""
     # Imported when first needed, so that a broken build stops neither `sage doctor` nor the reference.
     try:
         from sage_core import _native

@@ -123,6 +123,12 @@ class Pipeline:
         """How many other stages each stage waits for."""
         return tuple(_needs(stage) for stage in self.stages)
 
+    @cached_property
+    def single(self) -> bool | None:
+        """Whether the pipeline is one of the single requests below, which take their input as it is: True if it
+        generates up to the client's cap, False if it generates nothing, None for any other pipeline."""
+        return _SINGLE.get(id(self.stages[0].op)) if len(self.stages) == 1 else None
+
     def plan(self) -> str:
         """The execution plan as text: one line a stage, deterministic."""
         lines = [f"pipeline {self.name}"]
@@ -207,6 +213,9 @@ def generate(prompt: Value[Text]) -> Work[Text]:
 def embed(text: Value[Text]) -> Work[Vector]:
     """One embedding."""
     return Work(text.tokens)
+
+
+_SINGLE = {id(chat): True, id(generate): True, id(embed): False}
 
 
 def single_request_pipelines() -> dict[str, Pipeline]:

@@ -1,4 +1,4 @@
-"""The control plane: events in, commands out.
+"""The control plane: events in, commands out. The meaning of ``sage_core._native.Plane``, which runs by default.
 
 A pure, synchronous state machine. It has no clock, no sockets, no threads and no randomness of its own: a driver calls
 :meth:`ControlPlane.step` with the instant and what happened, carries out the commands, and calls again no later than
@@ -12,7 +12,7 @@ Invariants asserted here, in production too (INVARIANTS.md): 1 conservation, 3 n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -21,10 +21,9 @@ from sage_core.commands import AnyCommand, Cancel, Dispatch, Fail, Reject, Respo
 from sage_core.errors import ConfigError, IllegalEvent, InvariantViolation, PolicyError, SageError
 from sage_core.executor import Run
 from sage_core.lifecycle import REPLICA, REQUEST, TASK, ReplicaState, RequestState, TaskState, advance
-from sage_core.ops import MechanismName, make_mechanism
 from sage_core.pipeline import Pipeline, Stage
-from sage_core.policy import Policy, native_twin, raised
-from sage_core.reference import checked, part_name
+from sage_core.policy import Policy, Predict, raised
+from sage_core.reference import Mechanism, checked, part_name
 from sage_core.units import TASK_BITS, Nanos, PoolKind, RequestKind, request_of, task_id
 
 TOKENS_MAX = 1 << 40
@@ -68,13 +67,27 @@ class Counts:
     decisions: int = 0
 
 
+def unknown_policy(name: str, known: Iterable[str]) -> ConfigError:
+    """What to say about a policy that is not there."""
+    return ConfigError(f"policy: unknown policy {name!r}; known: {', '.join(sorted(known))}")
+
+
+def checked_prediction(predict: Predict, predicted: object) -> int:
+    """What a predictor answered, if that is a count of tokens; else a PolicyError."""
+    if type(predicted) is not int or not 0 <= predicted <= TOKENS_MAX:
+        raise PolicyError(
+            f"predict {predict.name}: expected a whole number of tokens (int, not a NumPy or float number) from "
+            f"0 to {TOKENS_MAX}, got {predicted!r}"
+        )
+    return predicted
+
+
 class ControlPlane:
     """Schedules every request kind over every replica.
 
     pipelines: by name; a request names the one it wants.
     policies: factories by name; ``policy`` is the one to start with, ``PolicyChanged`` switches.
     attempts_max: how often a task may be tried; one that has streamed is never tried again.
-    mechanism: ``native`` or ``reference``.
     """
 
     def __init__(
@@ -84,15 +97,13 @@ class ControlPlane:
         policy: str,
         *,
         attempts_max: int = 3,
-        mechanism: MechanismName = "native",
     ) -> None:
         if attempts_max < 1:
             raise ConfigError(f"attempts_max: expected 1 or more, got {attempts_max}")
         self._pipelines = dict(pipelines)
         self._policies = dict(policies)
         self._attempts_max = attempts_max
-        self._native = mechanism == "native"
-        self._mechanism: Any = make_mechanism(mechanism)  # two classes of one shape; see ops.Mechanism
+        self._mechanism = Mechanism()
         self._pools: dict[str, int] = {}
         self._pool_kinds: dict[str, int] = {}
         self._replicas: dict[int, tuple[str, ReplicaState]] = {}
@@ -306,11 +317,7 @@ class ControlPlane:
                 )
             except Exception as error:
                 self._blame(error)
-            if type(predicted) is not int or not 0 <= predicted <= TOKENS_MAX:
-                raise PolicyError(
-                    f"predict {predict.name}: expected a whole number of tokens (int, not a NumPy or float number) from "
-                    f"0 to {TOKENS_MAX}, got {predicted!r}"
-                )
+            checked_prediction(predict, predicted)
         spec = Task(task, stage.index, attempt, arrived.priority, now, input_tokens, output_tokens_max, arrived.prefix)
         request.tasks.append(task)
         self._tasks[task] = _Task(spec, pool)
@@ -483,14 +490,13 @@ class ControlPlane:
         self._policy = self._bind(now, event.policy)
 
     def _on_ended(self, now: Nanos, event: e.RunEnded, commands: list[AnyCommand]) -> None:
-        for request in list(self._requests):
+        for request in sorted(self._requests):
             self._fail(request, event.reason, commands)
 
     def _bind(self, now: Nanos, name: str) -> Policy:
         make = self._policies.get(name)
         if make is None:
-            raise ConfigError(f"policy: unknown policy {name!r}; known: {', '.join(sorted(self._policies))}")
+            raise unknown_policy(name, self._policies)
         policy = make()
-        parts = [policy.order, policy.route, policy.limit]
-        self._mechanism.bind(now, *([native_twin(part) for part in parts] if self._native else parts))
+        self._mechanism.bind(now, policy.order, policy.route, policy.limit)
         return policy

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from sage_core import _native
 from sage_core.backend import OutputTokens
@@ -139,6 +139,16 @@ class SimulatedDevice:
         )
         self._engine = make(None if llm is None else llm.numbers(), None if embed is None else embed.numbers())
 
+    @property
+    def native(self) -> _native.Engine | None:
+        """The native engine; None where the reference runs."""
+        return self._engine if isinstance(self._engine, _native.Engine) else None
+
+    @property
+    def replicas(self) -> tuple[int | None, int | None]:
+        """Ids of the LLM and of the embedding replica; None where there is none."""
+        return self._llm_replica, self._embed_replica
+
     def joined(self) -> list[ReplicaJoined]:
         """What each replica says when it becomes healthy.
 
@@ -203,7 +213,7 @@ class SimulatedDevice:
                     self._apply(now, command)
                 told += engine.advance(now)
         except OverflowError as error:
-            raise ConfigError(f"device {self._device}: {error}; shorten the load or the outputs") from error
+            self.too_long(str(error))
         return [self._event(code, task, value) for code, task, value in told] if told else []
 
     @property
@@ -212,7 +222,7 @@ class SimulatedDevice:
         try:
             return Nanos(self._engine.wakeup_at)
         except OverflowError as error:
-            raise ConfigError(f"device {self._device}: {error}; shorten the load or the outputs") from error
+            self.too_long(str(error))
 
     def report(self, now: Nanos) -> list[ReplicaReported]:
         """Load as the engines themselves would publish it at ``now``. What is still to be told stays to be told."""
@@ -266,10 +276,7 @@ class SimulatedDevice:
         request = request_of(task.task)
         output_tokens = min(self._output_tokens(request), task.output_tokens_max)
         if output_tokens < 1 or task.input_tokens < 1:
-            raise ConfigError(
-                f"request {request}: {task.input_tokens} input and {output_tokens} output tokens; an LLM task has at "
-                f"least one of each (see the load's input_tokens, output_tokens and output_tokens_max)"
-            )
+            self.no_tokens(request, task.input_tokens, output_tokens)
         self._engine.submit_llm(now, task.task, task.input_tokens, output_tokens, task.priority)
 
     def _event(self, code: int, task: int, value: int) -> AnyEvent:
@@ -277,9 +284,25 @@ class SimulatedDevice:
             return TaskFinished(task, value)
         if code == FIRST_TOKEN:
             return TokensProduced(task, value)
+        return TaskFailed(task, self.why_failed(value), retryable=False)
+
+    # What the native event loop, which steps the engine itself, asks this object to say.
+
+    def why_failed(self, blocks: int) -> str:
+        """The reason of a task that would need ``blocks`` KV blocks."""
         assert self._llm is not None
-        reason = f"KV cache too small: the task needs {value} blocks, the replica has {self._llm.kv_blocks}"
-        return TaskFailed(task, reason, retryable=False)
+        return f"KV cache too small: the task needs {blocks} blocks, the replica has {self._llm.kv_blocks}"
+
+    def no_tokens(self, request: int, input_tokens: int, output_tokens: int) -> NoReturn:
+        """Raise ConfigError for an LLM task that has nothing to do."""
+        raise ConfigError(
+            f"request {request}: {input_tokens} input and {output_tokens} output tokens; an LLM task has at "
+            f"least one of each (see the load's input_tokens, output_tokens and output_tokens_max)"
+        )
+
+    def too_long(self, why: str) -> NoReturn:
+        """Raise ConfigError for work that the engine's clock cannot hold."""
+        raise ConfigError(f"device {self._device}: {why}; shorten the load or the outputs")
 
 
 _LARGEST = 2**40  # keeps the native sums far from their limits

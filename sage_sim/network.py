@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,17 +34,26 @@ class Way:
     """One direction of one link, as TCP gives it: first in, first out."""
 
     def __init__(self, config: NetworkConfig, random: np.random.Generator) -> None:
-        self._delay = seconds(config.delay_s)
+        self.delay_ns = seconds(config.delay_s)
         self._jitter = seconds(config.jitter_s)
         self._random = random
         self._drawn: list[int] = []
         self._last = 0
 
+    @property
+    def draw(self) -> Callable[[], list[int]] | None:
+        """Draws the next shares of the jitter (ns), of which the last is used first; None without jitter."""
+        return self._draw if self._jitter else None
+
     def arrives_at(self, now: int) -> Nanos:
         """When a message sent now arrives."""
         if not self._jitter:
-            return Nanos(now + self._delay)
+            return Nanos(now + self.delay_ns)
         if not self._drawn:
-            self._drawn = self._random.integers(0, self._jitter + 1, size=_CHUNK).tolist()
-        self._last = max(self._last, now + self._delay + self._drawn.pop())
+            self._drawn = self._draw()
+        self._last = max(self._last, now + self.delay_ns + self._drawn.pop())
         return Nanos(self._last)
+
+    def _draw(self) -> list[int]:
+        drawn: list[int] = self._random.integers(0, self._jitter + 1, size=_CHUNK).tolist()
+        return drawn

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "sage/bind.hpp"
 #include "sage/errors.hpp"
 #include "sage/mechanism.hpp"
 
@@ -176,6 +177,24 @@ auto replica_column(std::vector<T> sage::ReplicaTable::* member) {
 
 }  // namespace
 
+namespace sage {
+
+std::shared_ptr<Order> order_of(const py::object& part) { return part_of<Order, PythonOrder>(part); }
+std::shared_ptr<Route> route_of(const py::object& part) { return part_of<Route, PythonRoute>(part); }
+std::shared_ptr<Limit> limit_of(const py::object& part) { return part_of<Limit, PythonLimit>(part); }
+
+py::object task_view(Mechanism& mechanism, std::size_t pool, const std::vector<std::int64_t>& tasks) {
+  TaskView view{mechanism.pool(pool).shared_from_this(), {}};
+  for (const std::int64_t task : tasks) view.rows.push_back(view.pool->row_of.at(task));
+  return py::cast(std::move(view));
+}
+
+py::object replica_view(Mechanism& mechanism, std::size_t pool) {
+  return py::cast(ReplicaView{mechanism.pool(pool).shared_from_this()});
+}
+
+}  // namespace sage
+
 void register_mechanism(py::module_& m) {
   py::register_exception_translator([](std::exception_ptr p) {
     try {
@@ -245,8 +264,7 @@ void register_mechanism(py::module_& m) {
       .def("bind",
            [](Mechanism& self, std::int64_t now, const py::object& order, const py::object& route,
               const py::object& limit) {
-             self.bind(now, part_of<Order, PythonOrder>(order), part_of<Route, PythonRoute>(route),
-                       part_of<Limit, PythonLimit>(limit));
+             self.bind(now, sage::order_of(order), sage::route_of(route), sage::limit_of(limit));
            })
       .def("add_pool",
            [](Mechanism& self, std::string name, std::int64_t kind) {
@@ -290,12 +308,6 @@ void register_mechanism(py::module_& m) {
       .def("queued", &Mechanism::queued)
       .def("in_flight", &Mechanism::in_flight)
       .def("check", &Mechanism::check)
-      .def("task_view",
-           [](Mechanism& self, std::size_t pool, const std::vector<std::int64_t>& tasks) {
-             TaskView view{self.pool(pool).shared_from_this(), {}};
-             for (std::int64_t task : tasks) view.rows.push_back(view.pool->row_of.at(task));
-             return view;
-           })
-      .def("replica_view",
-           [](Mechanism& self, std::size_t pool) { return ReplicaView{self.pool(pool).shared_from_this()}; });
+      .def("task_view", &sage::task_view)
+      .def("replica_view", &sage::replica_view);
 }

@@ -7,12 +7,22 @@ void register_mechanism(py::module_& m);
 void register_policies(py::module_& m);
 namespace sage {
 void register_engine(py::module_& m);
-}
+void register_predict(py::module_& m);
+void register_plane(py::module_& m);
+void register_loop(py::module_& m);
+void register_recorder(py::module_& m);
+}  // namespace sage
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native operators of SAGE: the scheduling mechanism, policy scorers and the simulated engine.";
+  m.doc() =
+      "Native operators of SAGE: the control plane with its mechanism and scorers, the simulated engine, the event "
+      "loop.";
   m.attr("build") = SAGE_NATIVE_BUILD;
   register_mechanism(m);
   register_policies(m);
   sage::register_engine(m);
+  sage::register_predict(m);
+  sage::register_plane(m);
+  sage::register_loop(m);
+  sage::register_recorder(m);
 }

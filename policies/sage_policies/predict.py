@@ -10,15 +10,25 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sage_core.errors import ConfigError
 from sage_policies.bounds import require
+
+if TYPE_CHECKING:
+    from sage_core import _native
 
 
 class NoPrediction:
     """Nothing is known: 0 tokens, so decode work and KV growth are ignored."""
 
     name = "none"
+
+    def native(self) -> _native.Predict:
+        """Its native twin."""
+        from sage_core import _native
+
+        return _native.NoPrediction()
 
     def predict(self, request: int, tenant: str, kind: int, input_tokens: int, output_tokens_max: int) -> int:
         """0."""
@@ -32,6 +42,12 @@ class MaxPrediction:
     """The client's cap: safe for memory, pessimistic for time."""
 
     name = "max"
+
+    def native(self) -> _native.Predict:
+        """Its native twin."""
+        from sage_core import _native
+
+        return _native.MaxPrediction()
 
     def predict(self, request: int, tenant: str, kind: int, input_tokens: int, output_tokens_max: int) -> int:
         """``output_tokens_max``."""
@@ -56,6 +72,12 @@ class TenantQuantile:
         require("predict.samples_min", samples_min, 1, window)
         self.q, self.window, self.prior, self.samples_min = q, window, prior, samples_min
         self._seen: dict[tuple[str, int], _Window] = {}
+
+    def native(self) -> _native.Predict:
+        """Its native twin, which has seen nothing yet."""
+        from sage_core import _native
+
+        return _native.TenantQuantile(self.q, self.window, self.prior, self.samples_min)
 
     def predict(self, request: int, tenant: str, kind: int, input_tokens: int, output_tokens_max: int) -> int:
         """Tokens, at most ``output_tokens_max``."""

@@ -160,7 +160,7 @@ class ClosedLoop:
         u = dict(zip(QUANTITIES, state.rng.random((AHEAD, len(QUANTITIES))).T, strict=True))
         think_ns = np.rint(self.think.spans_s(u["think"]) * SECOND).astype(np.int64)
         cls = pick(self._class_before, u["class"])
-        batch = Batch(think_ns, cls, np.empty(AHEAD, object), *(np.zeros(AHEAD, np.int64) for _ in range(3)))
+        batch = Batch(think_ns, cls, np.empty(AHEAD, np.int64), *(np.zeros(AHEAD, np.int64) for _ in range(3)))
         for c in np.unique(cls).tolist():
             rows = np.flatnonzero(cls == c)
             drawn: Drawn = self.mix.draw(c, lambda quantity, rows=rows: u[quantity][rows])  # type: ignore[misc]

@@ -7,7 +7,7 @@ being merged, so a load of any length needs the memory of a few thousand request
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,9 @@ from sage_bench.loads.lengths import Uniforms
 from sage_bench.loads.request_class import RequestClass
 from sage_core.errors import ConfigError
 from sage_core.events import RequestArrived
-from sage_core.load import Arrival
+from sage_core.load import Arrival, Arrivals
 from sage_core.slo import SloTable
 from sage_core.units import NEVER, SECONDS_MAX, RequestKind, seconds
-
-Labels: TypeAlias = NDArray[Any]
-"""(n,) strings as objects."""
 
 
 class Batch(NamedTuple):
@@ -30,7 +27,7 @@ class Batch(NamedTuple):
 
     at: NDArray[np.int64]
     cls: NDArray[np.int64]  # index of the class in the mix
-    tenant: Labels
+    tenant: NDArray[np.int64]  # index of the name in the mix
     input_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]  # the truth: stays on the backends' side of the oracle boundary
     prefix: NDArray[np.int64]
@@ -47,7 +44,7 @@ class Batch(NamedTuple):
 class Drawn(NamedTuple):
     """What the requests of one class look like."""
 
-    tenant: Labels
+    tenant: NDArray[np.int64]
     input_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     prefix: NDArray[np.int64]
@@ -67,7 +64,7 @@ class Mix:
         self._cap = np.array(
             [c.output_tokens_max or (caps or {}).get(name, 0) for name, c in classes.items()], np.int64
         )
-        self._pipeline = _labels([c.pipeline for c in self.classes])
+        self._pipelines = [c.pipeline for c in self.classes]  # by class
         self._kind = np.array([int(c.kind) for c in self.classes], np.int64)
         self._priority = np.array([c.priority for c in self.classes], np.int64)
         objectives = [slo.of(c.kind, c.priority) for c in self.classes]
@@ -75,13 +72,20 @@ class Mix:
         # Deadlines are fixed spans after the scheduled instant, because the cap is fixed per class.
         self._ttft_span = np.array([o.ttft_due_at(0) for o in objectives], np.int64)
         self._due_span = np.array([o.due_at(0, cap) for o, cap in zip(objectives, caps_of, strict=True)], np.int64)
-        self._tenants = [(_labels(list(c.tenants)), before(list(c.tenants.values()))) for c in self.classes]
+        self._tenant_names = list(dict.fromkeys(name for c in self.classes for name in c.tenants))
+        self._tenants = [
+            (
+                np.array([self._tenant_names.index(name) for name in c.tenants], np.int64),
+                before(list(c.tenants.values())),
+            )
+            for c in self.classes
+        ]
         weights = [1.0 / np.arange(1, c.prefixes + 1) for c in self.classes]
         self._prefix_before = [before(weight / weight.sum()) if len(weight) else None for weight in weights]
         self._prefix_first = 1 + np.cumsum([0] + [c.prefixes for c in self.classes])
 
-    def tenants(self, c: int, u: Uniforms) -> Labels:
-        """(n,) tenant names of class ``c`` from (n,) uniform numbers."""
+    def tenants(self, c: int, u: Uniforms) -> NDArray[np.int64]:
+        """(n,) tenants (indices of names) of class ``c`` from (n,) uniform numbers."""
         names, start = self._tenants[c]
         return np.asarray(names[pick(start, u)])
 
@@ -107,22 +111,42 @@ class Mix:
 
     def issue(self, batch: Batch, first_id: int) -> Iterator[Arrival]:
         """The rows of ``batch`` as arrivals numbered from ``first_id``."""
-        at = batch.at.tolist()
+        c = self.columns(batch, first_id)
+        at = c.at.tolist()
         requests = map(
             RequestArrived,
             range(first_id, first_id + len(at)),
-            self._pipeline[batch.cls].tolist(),
-            self._kind[batch.cls].tolist(),
-            batch.tenant.tolist(),
-            self._priority[batch.cls].tolist(),
-            batch.input_tokens.tolist(),
-            self._cap[batch.cls].tolist(),
+            map(c.pipelines.__getitem__, c.pipeline.tolist()),
+            c.kind.tolist(),
+            map(c.tenants.__getitem__, c.tenant.tolist()),
+            c.priority.tolist(),
+            c.input_tokens.tolist(),
+            c.output_tokens_max.tolist(),
             at,
-            _after(batch.at, self._ttft_span[batch.cls]).tolist(),
-            _after(batch.at, self._due_span[batch.cls]).tolist(),
-            batch.prefix.tolist(),
+            c.ttft_due_at.tolist(),
+            c.due_at.tolist(),
+            c.prefix.tolist(),
         )
-        return map(Arrival, at, requests, batch.output_tokens.tolist())
+        return map(Arrival, at, requests, c.output_tokens.tolist())
+
+    def columns(self, batch: Batch, first_id: int) -> Arrivals:
+        """The rows of ``batch`` as columns, numbered from ``first_id``."""
+        return Arrivals(
+            self._pipelines,
+            self._tenant_names,
+            first_id,
+            batch.at,
+            batch.cls,
+            self._kind[batch.cls],
+            batch.tenant,
+            self._priority[batch.cls],
+            batch.input_tokens,
+            self._cap[batch.cls],
+            _after(batch.at, self._ttft_span[batch.cls]),
+            _after(batch.at, self._due_span[batch.cls]),
+            batch.prefix,
+            batch.output_tokens,
+        )
 
 
 class Limits(NamedTuple):
@@ -164,6 +188,14 @@ def issued(mix: Mix, batches: Iterable[Batch]) -> Iterator[Arrival]:
     first_id = 0
     for batch in batches:
         yield from mix.issue(batch, first_id)
+        first_id += len(batch.at)
+
+
+def in_columns(mix: Mix, batches: Iterable[Batch]) -> Iterator[Arrivals]:
+    """The same as columns."""
+    first_id = 0
+    for batch in batches:
+        yield mix.columns(batch, first_id)
         first_id += len(batch.at)
 
 
@@ -215,9 +247,3 @@ def generates(c: RequestClass) -> bool:
 def _after(at: NDArray[np.int64], span: NDArray[np.int64]) -> NDArray[np.int64]:
     """``at + span``, NEVER where the span is NEVER."""
     return np.asarray(np.where(span == NEVER, NEVER, at + np.where(span == NEVER, 0, span)))
-
-
-def _labels(names: Sequence[str]) -> Labels:
-    labels = np.empty(len(names), object)
-    labels[:] = names
-    return labels

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from sage_bench.loads.arrivals import ArrivalProcess, Instants, Poisson
 from sage_bench.loads.check import number, shares
 from sage_bench.loads.lengths import Uniforms
-from sage_bench.loads.mix import Batch, Limits, Mix, before, generates, issued, limited, merged, pick
+from sage_bench.loads.mix import Batch, Limits, Mix, before, generates, in_columns, issued, limited, merged, pick
 from sage_bench.loads.request_class import RequestClass
 from sage_core.errors import ConfigError
-from sage_core.load import Arrival
+from sage_core.load import Arrival, Arrivals
 from sage_core.rng import Streams
 from sage_core.slo import SloTable
 
@@ -53,6 +53,10 @@ class OpenLoop:
     def arrivals(self) -> Iterator[Arrival]:
         """Arrivals in time order."""
         return issued(self.mix, self.batches())
+
+    def columns(self) -> Iterator[Arrivals]:
+        """The same in columns."""
+        return in_columns(self.mix, self.batches())
 
     def ended(self, now: int, request: int) -> Arrival | None:
         """None: nobody waits."""
@@ -97,7 +101,7 @@ class ClassStreams:
     def filled(self, at: Instants, cls: NDArray[np.int64]) -> Batch:
         """Requests of classes ``cls`` (n,) at instants ``at`` (n,)."""
         n = len(at)
-        batch = Batch(at, cls, np.empty(n, object), *(np.zeros(n, np.int64) for _ in range(3)))
+        batch = Batch(at, cls, np.empty(n, np.int64), *(np.zeros(n, np.int64) for _ in range(3)))
         for c in np.unique(cls).tolist():
             rows = np.flatnonzero(cls == c)
             for column, values in zip(batch[2:], self._mix.draw(c, self.uniforms(c, len(rows))), strict=True):

@@ -20,6 +20,7 @@ from sage_bench.loads.mix import (
     Mix,
     before,
     generates,
+    in_columns,
     issued,
     kind_of,
     limited,
@@ -32,7 +33,7 @@ from sage_bench.loads.request_class import RequestClass
 from sage_bench.traces.reader import ARRIVAL_S_MAX, Trace
 from sage_bench.traces.schema import KINDS, REQUEST_KINDS
 from sage_core.errors import ConfigError
-from sage_core.load import Arrival
+from sage_core.load import Arrival, Arrivals
 from sage_core.rng import Streams
 from sage_core.slo import SloTable
 from sage_core.units import SECOND, RequestKind
@@ -99,6 +100,10 @@ class TraceLoad:
         """Arrivals in time order."""
         return issued(self.mix, self.batches())
 
+    def columns(self) -> Iterator[Arrivals]:
+        """The same in columns."""
+        return in_columns(self.mix, self.batches())
+
     def ended(self, now: int, request: int) -> Arrival | None:
         """None: nobody waits."""
         return None
@@ -140,7 +145,7 @@ class TraceLoad:
             at = np.rint((kept.arrival_s - origin_s) * (SECOND / self.rate_scale)).astype(np.int64)
             n = len(at)
             batch = Batch(
-                at, np.zeros(n, np.int64), np.empty(n, object), kept.prompt_tokens, kept.output_tokens, kept.prefix
+                at, np.zeros(n, np.int64), np.empty(n, np.int64), kept.prompt_tokens, kept.output_tokens, kept.prefix
             )
             for kind, (candidates, start) in self._classes_of.items():
                 of_kind = np.flatnonzero(kept.kind == kind)

@@ -15,6 +15,8 @@ import pytest
 
 from sage_core import events as e
 from sage_core.commands import AnyCommand, Cancel, Dispatch, Fail, Reject, Respond, Task
+from sage_core.native_plane import Plane
+from sage_core.native_plane import make_plane as plane_of
 from sage_core.pipeline import (
     REQUEST_INPUT,
     Docs,
@@ -99,9 +101,14 @@ def _join(replica: int, pool: str = "llm", **changes: Any) -> e.ReplicaJoined:
     return e.ReplicaJoined(replica, pool, **fields)
 
 
-def _plane(policy: str = "fifo", kind: type[ControlPlane] = ControlPlane, **options: Any) -> ControlPlane:
+def _plane(
+    policy: str = "fifo", mechanism: str = "native", kind: type[ControlPlane] | None = None, **options: Any
+) -> Plane:
     policies: Mapping[str, Callable[[], Policy]] = {name: lambda name=name: preset(name) for name in PRESETS}  # type: ignore[misc]
-    return kind(PIPELINES, policies, policy, **{"attempts_max": ATTEMPTS_MAX, **options})
+    options = {"attempts_max": ATTEMPTS_MAX, **options}
+    if kind is not None:
+        return kind(PIPELINES, policies, policy, **options)
+    return plane_of(mechanism, PIPELINES, policies, policy, **options)
 
 
 class World:
@@ -112,7 +119,7 @@ class World:
     ever dispatched.
     """
 
-    def __init__(self, plane: ControlPlane, policy: str = "fifo", twin: ControlPlane | None = None) -> None:
+    def __init__(self, plane: Plane, policy: str = "fifo", twin: Plane | None = None) -> None:
         self.plane = plane
         self.twin = twin
         self.policy = policy
@@ -455,8 +462,8 @@ def join() -> Callable[..., e.ReplicaJoined]:
 
 
 @pytest.fixture(scope="session")
-def make_plane() -> Callable[..., ControlPlane]:
-    """``make_plane(policy="fifo", attempts_max=3, mechanism="native")`` over every preset and the pipelines above."""
+def make_plane() -> Callable[..., Plane]:
+    """``make_plane(policy="fifo", attempts_max=3, mechanism="native", kind=None)`` over every preset and the pipelines above."""
     return _plane
 
 

@@ -88,7 +88,7 @@ def test_every_entry_is_used_by_the_plane(
 
     monkeypatch.setattr(plane_module, "advance", spy)
     for seed in range(3):
-        here = world(make_plane("fifo"), "fifo")
+        here = world(make_plane("fifo", mechanism="reference"), "fifo")
         here.wander(Streams(seed).stream("lifecycle"), 5_000)
         here.close()
     rejected = {(RequestState.LIVE, c.Reject), (TaskState.QUEUED, c.Reject)}

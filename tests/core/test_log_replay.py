@@ -14,12 +14,12 @@ from sage_core import events as e
 from sage_core.commands import AnyCommand
 from sage_core.errors import DataError
 from sage_core.log import DIGEST_BYTES, GENESIS, Chain, Step, decode_events
-from sage_core.plane import ControlPlane
+from sage_core.native_plane import Plane
 from sage_core.replay import replay
 from sage_core.rng import Streams
 from sage_core.units import NEVER, Nanos
 
-MakePlane = Callable[..., ControlPlane]
+MakePlane = Callable[..., Plane]
 Log = list[Step]
 
 EVERY_EVENT: tuple[e.AnyEvent, ...] = (

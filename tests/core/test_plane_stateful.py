@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sage_core.plane import ControlPlane
+from sage_core.native_plane import Plane
 from sage_core.rng import Streams
 from sage_core.units import NEVER
 from sage_policies.presets import PRESETS
@@ -36,7 +36,7 @@ class Rules(RuleBasedStateMachine):
     """Events gather until ``step`` hands them over at once."""
 
     world_of: ClassVar[Callable[..., Any]]
-    plane_of: ClassVar[Callable[..., ControlPlane]]
+    plane_of: ClassVar[Callable[..., Plane]]
 
     @initialize(policy=st.sampled_from(NAMES), pools=st.lists(st.sampled_from(("llm", "embed", "cpu")), max_size=3))
     def begin(self, policy: str, pools: list[str]) -> None:
@@ -126,7 +126,7 @@ class Rules(RuleBasedStateMachine):
 
 
 def test_whatever_happens_nothing_is_lost_and_both_mechanisms_agree(
-    world: Callable[..., Any], make_plane: Callable[..., ControlPlane]
+    world: Callable[..., Any], make_plane: Callable[..., Plane]
 ) -> None:
     class Machine(Rules):
         world_of = staticmethod(world)
@@ -142,7 +142,7 @@ def test_whatever_happens_nothing_is_lost_and_both_mechanisms_agree(
 
 @pytest.mark.parametrize("run", range(RUNS))
 def test_a_hundred_thousand_random_events(
-    world: Callable[..., Any], make_plane: Callable[..., ControlPlane], run: int
+    world: Callable[..., Any], make_plane: Callable[..., Plane], run: int
 ) -> None:
     """10**5 events over the runs; half of the runs end in the middle of things, half when everybody has been served."""
     seed, policy = 2026 + run, NAMES[run % len(NAMES)]

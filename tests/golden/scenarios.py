@@ -13,8 +13,8 @@ from pathlib import Path
 from sage_core.commands import AnyCommand, Dispatch
 from sage_core.events import AnyEvent, RequestArrived
 from sage_core.load import Arrival
+from sage_core.native_plane import make_plane
 from sage_core.pipeline import single_request_pipelines
-from sage_core.plane import ControlPlane
 from sage_core.policy import Policy
 from sage_core.rng import Streams
 from sage_core.units import MILLISECOND, NEVER, SECOND, Nanos, RequestKind
@@ -134,7 +134,7 @@ def trace(policy: Callable[[], Policy], arrivals: Sequence[Arrival], mechanism: 
                 tasks = " ".join(f"{task.task >> 16}.{task.attempt}" for task in command.tasks)
                 lines.append(f"{now // 1000} {command.replica} {tasks}")
 
-    plane = ControlPlane(single_request_pipelines(), {"golden": policy}, "golden", mechanism=mechanism)  # type: ignore[arg-type]
+    plane = make_plane(mechanism, single_request_pipelines(), {"golden": policy}, "golden")
     driver = SimDriver(
         plane,
         Listed(arrivals),

@@ -1,0 +1,220 @@
+// Python's view of the event loop, and the devices it steps: native engines, or objects written in Python.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+
+#include "sage/engine.hpp"
+#include "sage/errors.hpp"
+#include "sage/loop.hpp"
+
+namespace py = pybind11;
+
+namespace sage {
+namespace {
+
+using Column = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+
+// The native half of sage_sim.engine.SimulatedDevice.
+class EngineDevice : public LoopDevice {
+ public:
+  // device: the SimulatedDevice; it owns the engine and says why a task failed. A replica of -1 is absent.
+  EngineDevice(py::object device, Engine& engine, std::int64_t llm, std::int64_t embed)
+      : device_(std::move(device)), engine_(engine), llm_(llm), embed_(embed) {}
+
+  void step(std::int64_t now, const Command* command, const Truth& truth, std::vector<Event>& told) override {
+    try {
+      tell(engine_.advance(now), told);
+      if (command == nullptr) return;
+      if (const auto* dispatch = std::get_if<Dispatch>(command)) {
+        for (const Task& task : dispatch->tasks) submit(now, dispatch->replica, task, truth);
+      } else {
+        engine_.cancel(now, std::get<Cancel>(*command).task);
+      }
+      tell(engine_.advance(now), told);
+    } catch (const std::overflow_error& error) {
+      device_.attr("too_long")(error.what());
+    }
+  }
+  std::int64_t wakeup_at() override {
+    try {
+      return engine_.wakeup_at();
+    } catch (const std::overflow_error& error) {
+      device_.attr("too_long")(error.what());
+      return kNever;
+    }
+  }
+  void report(std::int64_t now, std::vector<Event>& reports) override {
+    engine_.run(now);
+    if (llm_ >= 0)
+      reports.push_back(ReplicaReported{llm_, engine_.running(), engine_.waiting(), engine_.kv_blocks_free()});
+    if (embed_ >= 0) reports.push_back(ReplicaReported{embed_, engine_.embed_running(), engine_.embed_waiting(), 0});
+  }
+
+ private:
+  void submit(std::int64_t now, std::int64_t replica, const Task& task, const Truth& truth) {
+    if (replica == embed_) return engine_.submit_embed(now, task.task, task.input_tokens);
+    const std::int64_t output_tokens = std::min(truth.at(request_of(task.task)), task.output_tokens_max);
+    if (output_tokens < 1 || task.input_tokens < 1)
+      device_.attr("no_tokens")(request_of(task.task), task.input_tokens, output_tokens);
+    engine_.submit_llm(now, task.task, task.input_tokens, output_tokens, task.priority);
+  }
+  void tell(const std::vector<Told>& from, std::vector<Event>& told) {
+    for (const Told& t : from) {
+      if (t.code == Code::kFinished)
+        told.push_back(TaskFinished{t.task, t.value});
+      else if (t.code == Code::kFirstToken)
+        told.push_back(TokensProduced{t.task, t.value});
+      else
+        told.push_back(TaskFailed{t.task, py::cast<std::string>(device_.attr("why_failed")(t.value)), false});
+    }
+  }
+
+  py::object device_;
+  Engine& engine_;
+  std::int64_t llm_, embed_;
+};
+
+// Any other device, behind sage_sim.loop.Outside: bytes in, bytes out.
+class PythonDevice : public LoopDevice {
+ public:
+  explicit PythonDevice(py::object device) : device_(std::move(device)) {}
+  void step(std::int64_t now, const Command* command, const Truth&, std::vector<Event>& told) override {
+    std::string encoded;
+    if (command) encode(*command, encoded);
+    append(device_.attr("step")(now, py::bytes(encoded)), told);
+  }
+  std::int64_t wakeup_at() override { return py::cast<std::int64_t>(device_.attr("wakeup_at")); }
+  void report(std::int64_t now, std::vector<Event>& reports) override { append(device_.attr("report")(now), reports); }
+
+ private:
+  static void append(const py::object& encoded, std::vector<Event>& to) {
+    for (Event& event : decode_events(py::cast<std::string_view>(encoded))) to.push_back(std::move(event));
+  }
+  py::object device_;
+};
+
+// A callable that is told of every step: (now, encoded events, encoded commands, digest).
+class PythonSink : public StepSink {
+ public:
+  explicit PythonSink(py::object call) : call_(std::move(call)) {}
+  void step(std::int64_t now, const std::vector<Event>&, const std::vector<Command>& commands, std::string_view encoded,
+            const Digest& digest) override {
+    std::string decided;
+    encode(commands, decided);
+    call_(now, py::bytes(encoded.data(), encoded.size()), py::bytes(decided), py::bytes(digest.data(), digest.size()));
+  }
+
+ private:
+  py::object call_;
+};
+
+struct PythonLoop {
+  py::object plane;  // kept alive
+  std::unique_ptr<StepSink> own;
+  py::object sink;
+  std::unique_ptr<Loop> loop;
+};
+
+std::vector<JoinedEvent> joined_of(std::string_view encoded) {
+  std::vector<JoinedEvent> joined;
+  for (const Event& event : decode_events(encoded)) joined.push_back(std::get<JoinedEvent>(event));
+  return joined;
+}
+
+Way way_of(std::int64_t delay, const py::object& draw) {
+  if (draw.is_none()) return Way(delay, nullptr);
+  return Way(delay, [draw] { return py::cast<std::vector<std::int64_t>>(draw()); });
+}
+
+Arrival arrival_of(std::int64_t at, std::string_view encoded, std::int64_t output_tokens) {
+  return {at, std::get<RequestArrived>(decode_events(encoded).at(0)), output_tokens};
+}
+
+}  // namespace
+
+void register_loop(py::module_& m) {
+  py::class_<PythonLoop>(m, "Loop", "The event loop of a simulated run; its meaning is sage_sim.loop_reference.Loop.")
+      .def(py::init([](const py::object& plane, const py::object& record) {
+             auto self = std::make_unique<PythonLoop>();
+             self->plane = plane, self->sink = record;
+             StepSink* sink = nullptr;
+             if (!record.is_none()) {
+               self->own = std::make_unique<PythonSink>(record);
+               sink = self->own.get();
+             }
+             self->loop = std::make_unique<Loop>(py::cast<Plane&>(plane), sink);
+             return self;
+           }),
+           py::arg("plane"), py::arg("record"))
+      .def("add_slot",
+           [](PythonLoop& self, std::int64_t delay, const py::object& draw_to_device, const py::object& draw_to_plane) {
+             return self.loop->add_slot(way_of(delay, draw_to_device), way_of(delay, draw_to_plane));
+           })
+      .def("join_engine",
+           [](PythonLoop& self, std::int64_t now, std::size_t slot, const py::object& device, Engine& engine,
+              std::int64_t llm, std::int64_t embed, std::string_view joined) {
+             self.loop->join(now, slot, std::make_unique<EngineDevice>(device, engine, llm, embed), joined_of(joined));
+           })
+      .def("join_python",
+           [](PythonLoop& self, std::int64_t now, std::size_t slot, const py::object& device, std::string_view joined) {
+             self.loop->join(now, slot, std::make_unique<PythonDevice>(device), joined_of(joined));
+           })
+      .def("drain", [](PythonLoop& self, std::int64_t now, std::size_t slot) { self.loop->drain(now, slot); })
+      .def("leave", [](PythonLoop& self, std::int64_t now, std::size_t slot) { self.loop->leave(now, slot); })
+      .def("present", [](const PythonLoop& self, std::size_t slot) { return self.loop->present(slot); })
+      .def("feed",
+           [](PythonLoop& self, const std::vector<std::string>& pipelines, const std::vector<std::string>& tenants,
+              std::int64_t first, const Column& at, const Column& pipeline, const Column& kind, const Column& tenant,
+              const Column& priority, const Column& input_tokens, const Column& output_tokens_max,
+              const Column& ttft_due_at, const Column& due_at, const Column& prefix, const Column& output_tokens) {
+             std::vector<Label> pipeline_labels, tenant_labels;
+             for (const std::string& name : pipelines) pipeline_labels.push_back(label(name));
+             for (const std::string& name : tenants) tenant_labels.push_back(label(name));
+             for (py::ssize_t i = 0; i < at.size(); ++i)
+               self.loop->feed(
+                   {at.at(i),
+                    {first + i, pipeline_labels.at(static_cast<std::size_t>(pipeline.at(i))), kind.at(i),
+                     tenant_labels.at(static_cast<std::size_t>(tenant.at(i))), priority.at(i), input_tokens.at(i),
+                     output_tokens_max.at(i), at.at(i), ttft_due_at.at(i), due_at.at(i), prefix.at(i)},
+                    output_tokens.at(i)});
+           })
+      .def("feed_one", [](PythonLoop& self, std::int64_t at, std::string_view request,
+                          std::int64_t output_tokens) { self.loop->feed(arrival_of(at, request, output_tokens)); })
+      .def("begin_arrivals", [](PythonLoop& self) { self.loop->begin_arrivals(); })
+      .def("end_arrivals", [](PythonLoop& self) { self.loop->end_arrivals(); })
+      .def("arrive",
+           [](PythonLoop& self, std::int64_t now, std::string_view request, std::int64_t output_tokens) {
+             self.loop->arrive(now, arrival_of(now, request, output_tokens));
+           })
+      .def("expect", [](PythonLoop& self, std::int64_t more) { self.loop->expect(more); })
+      .def("on_ended",
+           [](PythonLoop& self, py::object call) {
+             self.loop->on_ended(
+                 [call = std::move(call)](std::int64_t now, std::int64_t request) { call(now, request); });
+           })
+      .def("scrape", [](PythonLoop& self, std::int64_t now) { self.loop->scrape(now); })
+      .def("run", [](PythonLoop& self, std::int64_t until,
+                     std::int64_t budget) { return static_cast<std::int64_t>(self.loop->run(until, budget)); })
+      .def("stop_at", [](PythonLoop& self, std::int64_t instant) { self.loop->stop_at(instant); })
+      .def("step", [](PythonLoop& self, std::int64_t now,
+                      std::string_view events) { self.loop->step(now, decode_events(events)); })
+      .def("output_tokens",
+           [](const PythonLoop& self, std::int64_t request) {
+             const auto found = self.loop->truth().find(request);
+             if (found == self.loop->truth().end()) throw py::key_error(std::to_string(request));
+             return found->second;
+           })
+      .def_property_readonly("now", [](const PythonLoop& self) { return self.loop->now(); })
+      .def_property_readonly("next_at", [](const PythonLoop& self) { return self.loop->next_at(); })
+      .def_property_readonly("steps", [](const PythonLoop& self) { return self.loop->steps(); })
+      .def_property_readonly("control_ns", [](const PythonLoop& self) { return self.loop->control_ns(); })
+      .def_property_readonly("idle", [](const PythonLoop& self) { return self.loop->idle(); })
+      .def_property_readonly("only_reports", [](const PythonLoop& self) { return self.loop->only_reports(); })
+      .def_property_readonly("digest", [](const PythonLoop& self) {
+        return py::bytes(self.loop->digest().data(), self.loop->digest().size());
+      });
+}
+
+}  // namespace sage

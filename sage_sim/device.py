@@ -1,0 +1,43 @@
+"""What the event loop of a simulated run needs of a device and of whoever records the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Protocol, TypeAlias
+
+from sage_core.commands import AnyCommand
+from sage_core.events import AnyEvent, ReplicaJoined, ReplicaReported
+from sage_core.units import Nanos
+
+
+class Device(Protocol):
+    """A simulated device: a BackendModel that can crash."""
+
+    def joined(self) -> list[ReplicaJoined]: ...
+    def step(self, now: Nanos, commands: Sequence[AnyCommand]) -> list[AnyEvent]: ...
+    @property
+    def wakeup_at(self) -> Nanos: ...
+    def report(self, now: Nanos) -> list[ReplicaReported]: ...
+
+
+MakeDevice: TypeAlias = Callable[[int], Device]
+"""A device whose first replica has the given id, the others the ids after it."""
+
+
+class Recorder(Protocol):
+    """Told of every step: what happened, what was decided, and the log entry."""
+
+    def __call__(
+        self, now: int, events: Sequence[AnyEvent], commands: Sequence[AnyCommand], encoded: bytes, digest: bytes
+    ) -> None: ...
+
+
+class Why(IntEnum):
+    """Why the loop stopped."""
+
+    REACHED = 0  # nothing is left before the given instant
+    STARVED = 1  # the last known arrival has happened: feed more, or say that there are none
+    IDLE = 2  # every request has ended and no more will come
+    FULL = 3  # the recorder wants to be emptied
+    BUDGET = 4  # as many entries as allowed have been handled
