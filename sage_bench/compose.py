@@ -23,7 +23,7 @@ from sage_core.rng import Streams
 from sage_core.slo import SloTable
 from sage_policies.predict import Oracle
 from sage_policies.presets import PRESETS, preset
-from sage_sim.device import Device, MakeDevice, Recorder
+from sage_sim.device import ColumnRecorder, Device, MakeDevice, Recorder
 from sage_sim.driver import SimDriver
 from sage_sim.engine import EmbedReplica, LlmReplica, SimulatedDevice
 from sage_sim.operator import OperatorDevice, OperatorReplica
@@ -90,7 +90,7 @@ def make_plane(config: RunConfig, truth: TruthOf | None = None) -> Plane:
     )
 
 
-def make_driver(parts: Parts, record: Recorder | None = None) -> SimDriver:
+def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -> SimDriver:
     """A simulated run, ready to go."""
     config = parts.config
     driver: SimDriver | None = None

@@ -22,7 +22,9 @@ from omegaconf import DictConfig
 
 from sage_bench.compose import Parts, make_driver, make_parts, price_per_h
 from sage_bench.config import RunConfig, checked
+from sage_bench.results.devices import device_facts, usage_fact
 from sage_bench.results.manifest import LoadFact, PolicyFact, ReplicaFact, Status, Timing, write_manifest
+from sage_bench.results.native_recorder import NativeRecorder
 from sage_bench.results.recorder import RunRecorder
 from sage_bench.results.writer import StepWriter, output_error
 from sage_core.commands import AnyCommand
@@ -31,6 +33,7 @@ from sage_core.native_plane import Plane
 from sage_core.ops import native_build
 from sage_core.plane import Counts
 from sage_core.units import NEVER, seconds
+from sage_sim.device import ColumnRecorder, Recorder
 from sage_sim.driver import Finish, SimDriver
 from sage_sim.profile import PROFILES
 
@@ -65,31 +68,12 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
     wall = time.perf_counter()
     load_average = os.getloadavg()
     _prepare(folder, plain)
-    pipelines = {name: [(stage.op.name, stage.op.pool) for stage in p.stages] for name, p in parts.pipelines.items()}
     cooldown_at = _cooldown_at(parts)
     driver: SimDriver | None = None
     status: Status = "failed"
     try:
         with contextlib.ExitStack() as files:
-            rows = files.enter_context(
-                RunRecorder(
-                    folder,
-                    pipelines,
-                    parts.slo,
-                    warmup_ns=seconds(config.warmup_s),
-                    cooldown_at=cooldown_at,
-                    tasks=config.record.tasks,
-                )
-            )
-            log = files.enter_context(StepWriter(folder / "steps.parquet")) if config.record.steps else None
-
-            def record(
-                now: int, events: Sequence[AnyEvent], commands: Sequence[AnyCommand], encoded: bytes, digest: bytes
-            ) -> None:
-                rows(now, events, commands)
-                if log is not None:
-                    log(now, encoded, digest)
-
+            rows, record = _recorder(files, folder, parts, cooldown_at)
             driver = make_driver(parts, record)
             finish = driver.run(tick)
         status = "interrupted" if finish.interrupted else "complete"
@@ -97,6 +81,7 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
         if driver is not None:
             reached = driver.finish()
             counts = driver.counts
+            usage = driver.usage()
             write_manifest(
                 folder,
                 experiment=config.name,
@@ -118,7 +103,10 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
                 cooldown_at_ns=None if cooldown_at == NEVER else cooldown_at,
                 trace=_trace(parts),
                 profiles={name: _profile_path(name) for name in parts.profiles},
-                replicas=tuple(ReplicaFact(**row) for row in rows.replicas()),
+                replicas=tuple(
+                    ReplicaFact(**row, usage=usage_fact(usage.get(row["replica"]))) for row in rows.replicas()
+                ),
+                devices=device_facts(config, parts.profiles),
                 price_per_h=price_per_h(config),
                 # Outcomes as in the rows: a step that could not be taken is in the plane's figures and nowhere else.
                 counts={**{name: getattr(counts, name) for name in counts.__dataclass_fields__}, **rows.counts()},
@@ -127,6 +115,33 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
         _why_failed(folder, parts) if counts.failed and not finish.interrupted else []
     )
     return RunResult(folder, config, counts, finish, warnings, time.perf_counter() - wall)
+
+
+def _recorder(
+    files: contextlib.ExitStack, folder: Path, parts: Parts, cooldown_at: int
+) -> tuple[RunRecorder | NativeRecorder, Recorder | ColumnRecorder]:
+    """Who makes the rows, and what the driver is to tell of each step."""
+    config = parts.config
+    pipelines = {name: [(stage.op.name, stage.op.pool) for stage in p.stages] for name, p in parts.pipelines.items()}
+    about: dict[str, Any] = {
+        "warmup_ns": seconds(config.warmup_s),
+        "cooldown_at": cooldown_at,
+        "tasks": config.record.tasks,
+    }
+    if config.mechanism == "native":
+        columns = files.enter_context(NativeRecorder(folder, pipelines, parts.slo, steps=config.record.steps, **about))
+        return columns, columns
+    rows = files.enter_context(RunRecorder(folder, pipelines, parts.slo, **about))
+    log = files.enter_context(StepWriter(folder / "steps.parquet")) if config.record.steps else None
+
+    def record(
+        now: int, events: Sequence[AnyEvent], commands: Sequence[AnyCommand], encoded: bytes, digest: bytes
+    ) -> None:
+        rows(now, events, commands)
+        if log is not None:
+            log(now, encoded, digest)
+
+    return rows, record
 
 
 def _all_warmup(config: RunConfig, finish: Finish) -> list[str]:

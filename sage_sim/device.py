@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from sage_core.commands import AnyCommand
 from sage_core.events import AnyEvent, ReplicaJoined, ReplicaReported
 from sage_core.units import Nanos
+
+if TYPE_CHECKING:
+    from sage_core import _native
+    from sage_sim.engine import ReplicaUsage
 
 
 class Device(Protocol):
@@ -19,6 +23,22 @@ class Device(Protocol):
     @property
     def wakeup_at(self) -> Nanos: ...
     def report(self, now: Nanos) -> list[ReplicaReported]: ...
+
+
+@runtime_checkable
+class ColumnRecorder(Protocol):
+    """A recorder whose native half is told of the steps; the driver empties it when the loop says that it is full."""
+
+    native: _native.Recorder
+
+    def flush(self) -> None: ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A device that knows what its replicas have done."""
+
+    def usage(self, now: Nanos) -> list[ReplicaUsage]: ...
 
 
 MakeDevice: TypeAlias = Callable[[int], Device]

@@ -26,7 +26,8 @@ from sage_core.native_plane import NativePlane, Plane
 from sage_core.plane import Counts
 from sage_core.rng import Streams
 from sage_core.units import NEVER, Nanos, seconds
-from sage_sim.device import MakeDevice, Recorder, Why
+from sage_sim.device import ColumnRecorder, Device, MakeDevice, Metered, Recorder, Why
+from sage_sim.engine import ReplicaUsage
 from sage_sim.faults import Fault
 from sage_sim.loop import NativeLoop
 from sage_sim.loop_reference import Loop
@@ -67,7 +68,7 @@ class SimDriver:
         report_interval_s: float = 1.0,
         faults: Sequence[Fault] = (),
         until_s: float | None = None,
-        record: Recorder | None = None,
+        record: Recorder | ColumnRecorder | None = None,
     ) -> None:
         if not devices:
             raise ConfigError("cluster: no devices; a run needs at least one")
@@ -84,9 +85,16 @@ class SimDriver:
         self._faults = list(faults)
         self._until = NEVER if until_s is None else seconds(until_s)
         self._env = simpy.Environment(initial_time=0)
-        self._loop: Loop | NativeLoop = (
-            NativeLoop(plane, record) if isinstance(plane, NativePlane) else Loop(plane, record)
-        )
+        self._loop: Loop | NativeLoop
+        if isinstance(plane, NativePlane):
+            self._loop = NativeLoop(plane, record)
+        elif isinstance(record, ColumnRecorder):
+            raise ConfigError(
+                "record: a plane in Python is recorded step by step; a recorder of columns needs a native one"
+            )
+        else:
+            self._loop = Loop(plane, record)
+        self._columns = record if isinstance(record, ColumnRecorder) else None
         self._slots = [_Slot(make) for make in devices]
         config = network or NetworkConfig()
         for index in range(len(devices)):
@@ -95,6 +103,7 @@ class SimDriver:
                 Way(config, streams.stream(f"network.to_plane.{index}")),
             )
         self._replica_next = 0
+        self._usage: dict[int, ReplicaUsage] = {}
         self._feed: Iterator[Sequence[Arrival] | Arrivals] = iter(())
         self._started = time.process_time()
 
@@ -141,6 +150,18 @@ class SimDriver:
         total_s = time.process_time() - self._started
         return Finish(loop.now, loop.digest, loop.steps, loop.control_ns / 1e9, total_s, interrupted)
 
+    def usage(self) -> dict[int, ReplicaUsage]:
+        """What each replica that ever joined has done, by its id; when it left, or now. Without devices that do not
+        know."""
+        for slot in self._slots:
+            self._take_usage(slot)
+        return dict(self._usage)
+
+    def _take_usage(self, slot: _Slot) -> None:
+        # A device that drained is idle since: asking it later gives the same.
+        if isinstance(slot.device, Metered):
+            self._usage.update((usage.replica, usage) for usage in slot.device.usage(Nanos(self._loop.now)))
+
     # --- virtual time ---------------------------------------------------------------------------------------------
 
     def _pump(self, tick: Callable[[int, Plane], None] | None, interrupt: _Interrupt) -> None:
@@ -151,7 +172,9 @@ class SimDriver:
             why = loop.run(min(outside, self._until + 1), BUDGET)
             if why is Why.IDLE or interrupt.came:
                 return
-            if why is Why.STARVED:
+            if self._columns is not None and why is Why.FULL:
+                self._columns.flush()
+            elif why is Why.STARVED:
                 self._feed_more()
                 loop.begin_arrivals()
             elif why is Why.REACHED:
@@ -216,7 +239,8 @@ class SimDriver:
 
     def _join(self, index: int) -> None:
         slot = self._slots[index]
-        device = slot.make(self._replica_next)
+        self._take_usage(slot)
+        device = slot.device = slot.make(self._replica_next)
         slot.life += 1
         self._replica_next = max(self._replica_next, *(joined.replica + 1 for joined in device.joined()))
         self._loop.join(self._now, index, device)
@@ -236,7 +260,7 @@ class SimDriver:
         if not self._loop.present(fault.device):
             return
         if fault.kind == "crash":
-            self._loop.leave(self._now, fault.device)
+            self._crash(fault.device)
         else:
             self._loop.drain(self._now, fault.device)
 
@@ -245,8 +269,13 @@ class SimDriver:
         if self._slots[index].life != life:
             return  # another restart was faster
         if self._loop.present(index):  # still draining: its time is up
-            self._loop.leave(self._now, index)
+            self._crash(index)
         self._join(index)
+
+    def _crash(self, index: int) -> None:
+        self._loop.leave(self._now, index)
+        self._take_usage(self._slots[index])
+        self._slots[index].device = None  # what it was doing is not done
 
 
 class _Interrupt:
@@ -286,4 +315,5 @@ class _Slot:
 
     def __init__(self, make: MakeDevice) -> None:
         self.make = make
+        self.device: Device | None = None
         self.life = 0

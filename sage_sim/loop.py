@@ -14,7 +14,7 @@ from sage_core.log import decode_events
 from sage_core.native_plane import NativePlane
 from sage_core.ops import extension
 from sage_core.units import Nanos
-from sage_sim.device import Device, Recorder, Why
+from sage_sim.device import ColumnRecorder, Device, Recorder, Why
 from sage_sim.engine import SimulatedDevice
 from sage_sim.network import Way
 
@@ -29,8 +29,9 @@ _decode_commands = msgspec.msgpack.Decoder(list[AnyCommand]).decode
 class NativeLoop:
     """Arguments, verbs and errors are those of :class:`sage_sim.loop_reference.Loop`."""
 
-    def __init__(self, plane: NativePlane, record: Recorder | None) -> None:
-        self._native: _native.Loop = extension().Loop(plane.native, None if record is None else _decoding(record))
+    def __init__(self, plane: NativePlane, record: Recorder | ColumnRecorder | None) -> None:
+        told = record.native if isinstance(record, ColumnRecorder) else None if record is None else _decoding(record)
+        self._native: _native.Loop = extension().Loop(plane.native, told)
 
     def add_slot(self, to_device: Way, to_plane: Way) -> int:
         """A place for a device and its two ways; its number."""

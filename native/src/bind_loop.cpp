@@ -8,6 +8,7 @@
 #include "sage/engine.hpp"
 #include "sage/errors.hpp"
 #include "sage/loop.hpp"
+#include "sage/recorder.hpp"
 
 namespace py = pybind11;
 
@@ -140,7 +141,9 @@ void register_loop(py::module_& m) {
              auto self = std::make_unique<PythonLoop>();
              self->plane = plane, self->sink = record;
              StepSink* sink = nullptr;
-             if (!record.is_none()) {
+             if (py::isinstance<Recorder>(record)) {
+               sink = &py::cast<Recorder&>(record);
+             } else if (!record.is_none()) {
                self->own = std::make_unique<PythonSink>(record);
                sink = self->own.get();
              }
@@ -202,9 +205,9 @@ void register_loop(py::module_& m) {
                       std::string_view events) { self.loop->step(now, decode_events(events)); })
       .def("output_tokens",
            [](const PythonLoop& self, std::int64_t request) {
-             const auto found = self.loop->truth().find(request);
-             if (found == self.loop->truth().end()) throw py::key_error(std::to_string(request));
-             return found->second;
+             const std::int64_t* found = self.loop->truth().find(request);
+             if (!found) throw py::key_error(std::to_string(request));
+             return *found;
            })
       .def_property_readonly("now", [](const PythonLoop& self) { return self.loop->now(); })
       .def_property_readonly("next_at", [](const PythonLoop& self) { return self.loop->next_at(); })

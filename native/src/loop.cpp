@@ -238,16 +238,17 @@ void Loop::leave_now(std::size_t index) {
 
 template <class C>
 void Loop::send(C&& command, std::int64_t replica) {
-  const auto found = slot_of_.find(replica);
-  if (found == slot_of_.end()) return;  // the replica has left; the plane will hear of it
-  Slot& slot = slots_[found->second];
+  const std::size_t* found = slot_of_.find(replica);
+  if (!found) return;  // the replica has left; the plane will hear of it
+  const std::size_t index = *found;
+  Slot& slot = slots_[index];
   if constexpr (std::is_same_v<std::decay_t<C>, Dispatch>) {
-    for (const Task& task : command.tasks) slot.tasks.insert(task.task);
+    for (const Task& task : command.tasks) slot.tasks.emplace(task.task, true);
   } else {
     slot.tasks.erase(command.task);
-    if (slot.draining && slot.tasks.empty()) return leave_now(found->second);
+    if (slot.draining && slot.tasks.empty()) return leave_now(index);
   }
-  at(slot.to_device.arrives_at(now_), Kind::kCommand, found->second, slot.life,
+  at(slot.to_device.arrives_at(now_), Kind::kCommand, index, slot.life,
      commands_sent_.put(Command(std::forward<C>(command))));
 }
 

@@ -146,8 +146,9 @@ void Mechanism::speed_changed(Pool& pool) {
 std::vector<std::int64_t> Mechanism::leave(std::int64_t replica) {
   const Place at = place_of(replica);
   std::vector<std::int64_t> lost;
-  for (auto& [task, flight] : in_flight_)
+  in_flight_.each([&](std::int64_t task, const InFlight& flight) {
     if (flight.replica == replica) lost.push_back(task);
+  });
   std::sort(lost.begin(), lost.end());
   for (std::int64_t task : lost) release(task, in_flight_.at(task));
   auto& neighbours = devices_[at.table->device[at.row]].replicas;
@@ -167,9 +168,9 @@ void Mechanism::report(std::int64_t replica, std::int64_t now, std::int64_t runn
 }
 
 Mechanism::Place& Mechanism::place_of(std::int64_t replica) {
-  auto it = places_.find(replica);
-  if (it == places_.end()) throw IllegalEvent("replica " + std::to_string(replica) + " is not known");
-  return it->second;
+  Place* place = places_.find(replica);
+  if (!place) throw IllegalEvent("replica " + std::to_string(replica) + " is not known");
+  return *place;
 }
 
 // After rows have moved: membership changes are rare, look-ups are not.
@@ -257,19 +258,23 @@ void Mechanism::remove_row(Pool& pool, std::size_t row) {
 }
 
 bool Mechanism::withdraw(std::int64_t task) {
-  auto it = pool_of_task_.find(task);
-  if (it == pool_of_task_.end()) return false;
-  Pool& pool = *pools_[it->second];
+  const std::size_t* index = pool_of_task_.find(task);
+  if (!index) return false;
+  Pool& pool = *pools_[*index];
   std::size_t row = pool.row_of.at(task);
   forget(pool, row);
   remove_row(pool, row);
   return true;
 }
 
+Mechanism::InFlight& Mechanism::flight_of(std::int64_t task) {
+  InFlight* flight = in_flight_.find(task);
+  if (!flight) throw IllegalEvent("task " + std::to_string(task) + " is not in flight");
+  return *flight;
+}
+
 void Mechanism::started(std::int64_t task) {
-  auto it = in_flight_.find(task);
-  if (it == in_flight_.end()) throw IllegalEvent("task " + std::to_string(task) + " is not in flight");
-  InFlight& flight = it->second;
+  InFlight& flight = flight_of(task);
   if (!flight.prefilling) return;
   flight.prefilling = false;
   const auto& [index, table, row] = place_of(flight.replica);
@@ -277,9 +282,7 @@ void Mechanism::started(std::int64_t task) {
 }
 
 std::int64_t Mechanism::finished(std::int64_t now, std::int64_t task, std::int64_t output_tokens) {
-  auto it = in_flight_.find(task);
-  if (it == in_flight_.end()) throw IllegalEvent("task " + std::to_string(task) + " is not in flight");
-  InFlight& flight = it->second;
+  InFlight& flight = flight_of(task);
   const auto& [index, table, row] = place_of(flight.replica);
   double per_token =
       table->output_token_ns[row] + table->output_seq_ns[row] * static_cast<double>(flight.in_flight_then);
@@ -293,11 +296,7 @@ std::int64_t Mechanism::finished(std::int64_t now, std::int64_t task, std::int64
   return release(task, flight);
 }
 
-std::int64_t Mechanism::dropped(std::int64_t task) {
-  auto it = in_flight_.find(task);
-  if (it == in_flight_.end()) throw IllegalEvent("task " + std::to_string(task) + " is not in flight");
-  return release(task, it->second);
-}
+std::int64_t Mechanism::dropped(std::int64_t task) { return release(task, flight_of(task)); }
 
 std::int64_t Mechanism::release(std::int64_t task, InFlight& flight) {
   const auto& [index, table, row] = place_of(flight.replica);
@@ -336,7 +335,7 @@ void Mechanism::open_replicas(const Pool& pool, std::int64_t now) {
   for (std::size_t r = 0; r < n; ++r) {
     if (!is_open(pool, r, now, true)) continue;
     open_urgent_[r] = 1, ++open_urgent_count_;
-    if (is_open(pool, r, now, false)) open_batch_[r] = 1, ++open_batch_count_;
+    if (pool.serving.in_flight[r] < limits_.tasks_max_batch[r]) open_batch_[r] = 1, ++open_batch_count_;
   }
 }
 
@@ -525,7 +524,7 @@ void Mechanism::place(std::int64_t now, std::size_t index, std::size_t row, std:
   s.last_dispatch[r] = ++pool.dispatches;
   count_on_device(s.device[r], 1);
   pool.tenant_service[static_cast<std::size_t>(t.tenant[row])] += input + 2 * output;
-  in_flight_.emplace(task, InFlight{index, s.replica[r], input, input + output, now, s.in_flight[r], prefill_ns, true});
+  in_flight_.emplace(task, {index, s.replica[r], input, input + output, now, s.in_flight[r], prefill_ns, true});
   out.push_back({s.replica[r], task});
 }
 
@@ -534,17 +533,17 @@ void Mechanism::check() const {
     for (const ReplicaTable* table : {&pool->serving, &pool->draining})
       for (std::size_t row = 0; row < table->size(); ++row) {
         std::int64_t tasks = 0, kv = 0, prefill = 0;
-        for (const auto& [task, flight] : in_flight_)
+        in_flight_.each([&](std::int64_t, const InFlight& flight) {
           if (flight.replica == table->replica[row])
             ++tasks, kv += flight.kv_tokens, prefill += flight.prefilling ? flight.input_tokens : 0;
+        });
         if (tasks != table->in_flight[row] || kv != table->kv_tokens[row] || prefill != table->prefill_tokens[row])
           throw InvariantViolation("invariant 2: replica " + std::to_string(table->replica[row]) +
                                    " does not hold what it counts");
       }
-  for (const auto& [task, index] : pool_of_task_) {
-    (void)index;
+  pool_of_task_.each([this](std::int64_t task, std::size_t) {
     if (in_flight_.count(task)) throw InvariantViolation("invariant 3: a task is queued and in flight");
-  }
+  });
 }
 
 }  // namespace sage

@@ -112,7 +112,7 @@ void Plane::arrived(const RequestArrived& event, std::vector<Command>& commands)
   }
   const Pipeline& pipeline = found->second;
   const std::int64_t tenant = tenants_.emplace(event.tenant, static_cast<std::int64_t>(tenants_.size())).first->second;
-  Request& request = requests_[event.request];
+  Request& request = *requests_.emplace(event.request, {}).first;
   request.arrived = event, request.tenant = tenant, request.pipeline = &pipeline;
   if (!pipeline.single) request.run = pipeline.run(event.input_tokens);
   for (const std::int64_t stage : pipeline.first) arrivals_.push_back(queue(request, stage, 0));
@@ -129,9 +129,8 @@ void Plane::cancelled(const RequestCancelled& event, std::vector<Command>& comma
 }
 
 void Plane::end(std::int64_t id, End how, std::vector<Command>& commands) {
-  const auto found = requests_.find(id);
-  const std::vector<std::int64_t> live = std::move(found->second.tasks);
-  requests_.erase(found);
+  const std::vector<std::int64_t> live = std::move(requests_.at(id).tasks);
+  requests_.erase(id);
   for (const std::int64_t task : live) {
     const Held held = tasks_.at(task);
     tasks_.erase(task);
@@ -167,9 +166,9 @@ void Plane::fail(std::int64_t request, const std::string& reason, std::vector<Co
 void Plane::admit(std::vector<Command>& commands) {
   std::vector<std::pair<std::size_t, std::vector<std::int64_t>>> by_pool;
   for (const std::int64_t task : arrivals_) {
-    const auto held = tasks_.find(task);
-    if (held == tasks_.end()) continue;  // cancelled within this step
-    const std::size_t pool = held->second.pool;
+    const Held* held = tasks_.find(task);
+    if (!held) continue;  // cancelled within this step
+    const std::size_t pool = held->pool;
     auto group = std::find_if(by_pool.begin(), by_pool.end(), [pool](const auto& g) { return g.first == pool; });
     if (group == by_pool.end()) group = by_pool.insert(by_pool.end(), {pool, {}});
     group->second.push_back(task);
@@ -217,7 +216,7 @@ std::int64_t Plane::queue(Request& request, std::int64_t stage, std::int64_t att
   const Task spec{task,          stage, attempt, arrived.priority, now_, work.input_tokens, work.output_tokens_max,
                   arrived.prefix};
   request.tasks.push_back(task);
-  tasks_.emplace(task, Held{spec, pool});
+  tasks_.emplace(task, {spec, pool});
   mechanism_.enqueue(
       now_, pool,
       {task, arrived.request, arrived.kind, request.tenant, arrived.priority, attempt, arrived.scheduled_at, now_,
@@ -248,8 +247,7 @@ Task Plane::send(std::int64_t replica, std::int64_t task) {
 }
 
 Plane::Held* Plane::known(std::int64_t task) {
-  const auto found = tasks_.find(task);
-  if (found != tasks_.end()) return &found->second;
+  if (Held* found = tasks_.find(task)) return found;
   if (!has_arrived(request_of(task)))
     throw IllegalEvent("invariant 4: task " + text(task) + " belongs to no request that has arrived");
   return nullptr;  // it ended while the event was on its way
@@ -393,7 +391,7 @@ void Plane::left(const ReplicaLeft& event, std::vector<Command>& commands) {
 
 void Plane::ended(const RunEnded& event, std::vector<Command>& commands) {
   std::vector<std::int64_t> live;
-  for (const auto& [request, held] : requests_) live.push_back(request);
+  requests_.each([&live](std::int64_t request, const Request&) { live.push_back(request); });
   std::sort(live.begin(), live.end());
   for (const std::int64_t request : live) fail(request, event.reason, commands);
 }

@@ -173,9 +173,9 @@ class HybridOrder : public sage::Order {
 
   void promote_starving(std::int64_t now, const Pool& pool, std::size_t begin, std::size_t end, double* out) const {
     if (!c_.starvation || pool.bypassed < c_.starvation_bypass) return;
-    auto found = pool.row_of.find(pool.oldest());
-    if (found == pool.row_of.end()) return;
-    const std::size_t row = found->second;
+    const std::size_t* found = pool.row_of.find(pool.oldest());
+    if (!found) return;
+    const std::size_t row = *found;
     if (row < begin || row >= end) return;
     if (now - pool.tasks.queued_at[row] > c_.starvation_ns) out[row - begin] = real(-kTierNs);
   }
@@ -296,10 +296,16 @@ class HybridLimit : public sage::Limit {
     const ReplicaTable& s = pool.serving;
     if (pool.kind == PoolKind::kLlm && c_.in_flight_limits) {
       const bool starving = now - pool.oldest_queued_at() > c_.starvation_ns;
-      for (std::size_t r = 0; r < s.size(); ++r)
+      for (std::size_t r = 0; r < s.size(); ++r) {
+        if (r > 0 && s.tasks_max[r] == s.tasks_max[r - 1] && s.batch_tokens_max[r] == s.batch_tokens_max[r - 1] &&
+            s.kv_tokens_max[r] == s.kv_tokens_max[r - 1]) {  // equal machines come in rows
+          out.copy(r - 1, r);
+          continue;
+        }
         set(out, r, s.tasks_max[r], starving ? s.tasks_max[r] : share_of(s.tasks_max[r], 1.0 - c_.reserve),
             s.batch_tokens_max[r] > 0 ? share_of(s.batch_tokens_max[r], c_.prefill_depth) : kNever,
             s.kv_tokens_max[r] > 0 ? share_of(s.kv_tokens_max[r], c_.kv_fill) : kNever, 0);
+      }
     } else if (pool.kind == PoolKind::kEmbedding && c_.embedding_batches) {
       const std::int64_t earliest_due_at = pool.earliest_due_at();  // looks at every queued task
       for (std::size_t r = 0; r < s.size(); ++r) {
@@ -352,10 +358,10 @@ py::tuple order_scores(sage::Order& order, std::int64_t now, sage::Mechanism& me
 py::array_t<double> route_scores(sage::Route& route, std::int64_t now, sage::Mechanism& mechanism, std::size_t index,
                                  std::int64_t task) {
   const Pool& pool = mechanism.pool(index);
-  auto found = pool.row_of.find(task);
-  if (found == pool.row_of.end()) throw py::key_error("task " + std::to_string(task) + " is not queued in this pool");
+  const std::size_t* found = pool.row_of.find(task);
+  if (!found) throw py::key_error("task " + std::to_string(task) + " is not queued in this pool");
   std::vector<double> scores(pool.serving.size());
-  route.score(now, pool, found->second, scores.data());
+  route.score(now, pool, *found, scores.data());
   return array_of(scores);
 }
 

@@ -12,10 +12,9 @@
 #include <queue>
 #include <string>
 #include <string_view>
-#include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
+#include "sage/id_map.hpp"
 #include "sage/log.hpp"
 #include "sage/plane.hpp"
 #include "sage/words.hpp"
@@ -23,7 +22,7 @@
 namespace sage {
 
 // True output lengths of live requests. Only devices may ask: this is the oracle boundary.
-using Truth = std::unordered_map<std::int64_t, std::int64_t>;
+using Truth = IdMap<std::int64_t>;
 
 // A simulated device: sage_sim.driver.Device.
 class LoopDevice {
@@ -122,7 +121,7 @@ class Loop {
     std::unique_ptr<LoopDevice> device;
     std::int64_t life = 0;
     bool draining = false;
-    std::unordered_set<std::int64_t> tasks;  // sent and not known to have ended
+    IdMap<bool> tasks;  // sent and not known to have ended
     std::int64_t armed_at = kNever;
     std::vector<std::int64_t> replicas;
   };
@@ -170,7 +169,7 @@ class Loop {
   Slab<Command> commands_sent_;
   Slab<Event> events_sent_;
   std::vector<Slot> slots_;
-  std::unordered_map<std::int64_t, std::size_t> slot_of_;  // by replica
+  IdMap<std::size_t> slot_of_;  // by replica
   std::deque<Arrival> arrivals_;
   bool loading_ = true, starved_ = false;
   std::int64_t expected_ = 0;

@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "sage/id_map.hpp"
+
 namespace sage {
 
 inline constexpr std::int64_t kNever = INT64_MAX;
@@ -48,6 +50,11 @@ struct ReplicaTable {
 struct LimitTable {
   std::vector<std::int64_t> tasks_max, tasks_max_batch, prefill_tokens_max, kv_tokens_max, hold_until;
   void resize(std::size_t n);
+  void copy(std::size_t from, std::size_t to) {
+    tasks_max[to] = tasks_max[from], tasks_max_batch[to] = tasks_max_batch[from];
+    prefill_tokens_max[to] = prefill_tokens_max[from], kv_tokens_max[to] = kv_tokens_max[from];
+    hold_until[to] = hold_until[from];
+  }
 };
 
 struct Pool;
@@ -106,8 +113,8 @@ struct Pool : std::enable_shared_from_this<Pool> {
   std::int64_t input_tokens_queued = 0;
   std::int64_t urgent_queued = 0;  // tasks of priority <= 0
 
-  std::unordered_map<std::int64_t, std::size_t> row_of;  // task -> row of tasks
-  std::deque<std::int64_t> fifo;                         // tasks as queued; those gone are dropped when they surface
+  IdMap<std::size_t> row_of;      // task -> row of tasks
+  std::deque<std::int64_t> fifo;  // tasks as queued; those gone are dropped when they surface
 
   struct Scored {
     double score;
@@ -165,10 +172,10 @@ class Mechanism {
 
  private:
   struct InFlight {
-    std::size_t pool;
-    std::int64_t replica, input_tokens, kv_tokens, dispatched_at, in_flight_then;
-    double prefill_ns;
-    bool prefilling;
+    std::size_t pool = 0;
+    std::int64_t replica = -1, input_tokens = 0, kv_tokens = 0, dispatched_at = 0, in_flight_then = 0;
+    double prefill_ns = 0.0;
+    bool prefilling = false;
   };
   struct Candidate {
     double score;
@@ -191,23 +198,24 @@ class Mechanism {
   void remove_row(Pool& pool, std::size_t row);
   std::int64_t release(std::int64_t task, InFlight& flight);
   struct Place {  // of a replica
-    std::size_t pool;
-    ReplicaTable* table;
-    std::size_t row;
+    std::size_t pool = 0;
+    ReplicaTable* table = nullptr;
+    std::size_t row = 0;
   };
   struct Device {
     std::int64_t in_flight = 0;
     std::vector<std::int64_t> replicas;
   };
   Place& place_of(std::int64_t replica);
+  InFlight& flight_of(std::int64_t task);
   void index_replicas(std::size_t pool);
   void count_on_device(std::int64_t device, std::int64_t tasks);
 
   std::vector<std::shared_ptr<Pool>> pools_;
-  std::unordered_map<std::int64_t, Place> places_;
-  std::unordered_map<std::int64_t, std::size_t> pool_of_task_;  // queued
-  std::unordered_map<std::int64_t, InFlight> in_flight_;
-  std::unordered_map<std::int64_t, Device> devices_;
+  IdMap<Place> places_;
+  IdMap<std::size_t> pool_of_task_;  // queued
+  IdMap<InFlight> in_flight_;
+  IdMap<Device> devices_;
   std::shared_ptr<Order> order_;
   std::shared_ptr<Route> route_;
   std::shared_ptr<Limit> limit_;

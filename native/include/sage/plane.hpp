@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "sage/id_map.hpp"
 #include "sage/mechanism.hpp"
 #include "sage/words.hpp"
 
@@ -93,16 +94,16 @@ class Plane {
   enum class End { kResponded, kRejected, kCancelled, kFailed };
 
   struct Request {
-    RequestArrived arrived;
-    std::int64_t tenant;
-    const Pipeline* pipeline;
+    RequestArrived arrived{};
+    std::int64_t tenant = 0;
+    const Pipeline* pipeline = nullptr;
     std::unique_ptr<Run> run;  // null for a single stage
     std::vector<std::int64_t> tasks;
     std::int64_t next_task = 0;
   };
   struct Held {
-    Task spec;
-    std::size_t pool;
+    Task spec{};
+    std::size_t pool = 0;
     std::int64_t replica = -1;
     TaskState state = TaskState::kQueued;
   };
@@ -149,8 +150,8 @@ class Plane {
   std::unordered_map<std::string, std::int64_t> pool_kinds_;
   std::unordered_map<std::int64_t, Replica> replicas_;
   std::unordered_map<Label, std::int64_t> tenants_;
-  std::unordered_map<std::int64_t, Request> requests_;
-  std::unordered_map<std::int64_t, Held> tasks_;
+  IdMap<Request> requests_;
+  IdMap<Held> tasks_;
   std::int64_t request_last_ = -1;
   std::unordered_set<std::int64_t> requests_awaited_;  // ids below it that have not arrived
   std::int64_t now_ = 0;
