@@ -168,7 +168,7 @@ Instant unless_never(std::int64_t instant) { return instant == kNever ? std::nul
 template <std::size_t N>
 std::array<Word, N> words_of(Words& words, const std::array<const char*, N>& texts) {
   std::array<Word, N> out;
-  for (std::size_t i = 0; i < N; ++i) out[i] = words.of(std::string_view(texts[i]));
+  for (std::size_t i = 0; i < N; ++i) out[i] = words.of(texts[i]);
   return out;
 }
 
@@ -178,9 +178,8 @@ struct Recorder::State {
   explicit State(Config given) : config(std::move(given)) {
     for (const auto& [name, stages] : config.pipelines) {
       Plan& plan = plans[label(name)];
-      plan.name = words.of(std::string_view(name));
-      for (const auto& [op, pool] : stages)
-        plan.stages.push_back({words.of(std::string_view(op)), words.of(std::string_view(pool))});
+      plan.name = words.of(name);
+      for (const auto& [op, pool] : stages) plan.stages.push_back({words.of(op), words.of(pool)});
     }
     tables = {{"requests", &requests}, {"replicas", &reports}};
     if (config.tasks) tables.emplace_back("tasks", &task_rows);
@@ -251,7 +250,7 @@ struct Recorder::State {
 
   void on(std::int64_t now, const JoinedEvent& event) {
     replica_of[event->replica] = replicas.size();
-    replicas.push_back({event, now, words.of(std::string_view(event->pool)), words.of(std::string_view(event->node))});
+    replicas.push_back({event, now, words.of(event->pool), words.of(event->node)});
   }
 
   void on(std::int64_t now, const ReplicaLeft& event) {
@@ -303,12 +302,10 @@ struct Recorder::State {
 
   void on(std::int64_t now, const Cancel& command) { task_ended(now, flights.find(command.task), kCancelledTask); }
   void on(std::int64_t now, const Respond& command) { end(now, command.request, kResponded, kNoWord); }
-  void on(std::int64_t now, const Reject& command) { end(now, command.request, kRejected, reason(command.reason)); }
-  void on(std::int64_t now, const Fail& command) { end(now, command.request, kFailed, reason(command.reason)); }
+  void on(std::int64_t now, const Reject& command) { end(now, command.request, kRejected, words.of(command.reason)); }
+  void on(std::int64_t now, const Fail& command) { end(now, command.request, kFailed, words.of(command.reason)); }
 
   // --- rows ---
-
-  Word reason(std::string_view text) { return words.of(text); }
 
   void first_token(std::int64_t now, Flight& flight) {
     flight.first_token_ns = now;
@@ -361,6 +358,7 @@ struct Recorder::State {
     const Live& request = found->second;
     const RequestArrived& event = request.event;
     const std::optional<double> tpot_max = tpot_max_of(event.kind, event.priority);
+    const Word kind = kind_words.at(static_cast<std::size_t>(event.kind));
     Instant ttft_ns, e2e_ns;
     std::optional<double> tpot_ns;
     if (request.first_token_ns) ttft_ns = *request.first_token_ns - event.scheduled_at;
@@ -382,7 +380,7 @@ struct Recorder::State {
       if (has_e2e) e2e_ok = false;
     }
     requests.request.push(number);
-    requests.kind.push(kind_words.at(static_cast<std::size_t>(event.kind)));
+    requests.kind.push(kind);
     requests.tenant.push(words.of(event.tenant));
     requests.priority.push(static_cast<std::int32_t>(event.priority));
     requests.pipeline.push(request.plan->name);
@@ -431,7 +429,7 @@ struct Recorder::State {
   std::array<Word, kKinds.size()> kind_words = words_of(words, kKinds);
   std::array<Word, kOutcomes.size()> outcome_words = words_of(words, kOutcomes);
   std::array<Word, kTaskOutcomes.size()> task_outcome_words = words_of(words, kTaskOutcomes);
-  Word went_away_word = words.of(std::string_view("the client went away"));
+  Word went_away_word = words.of("the client went away");
   std::unordered_map<Label, Plan> plans;
   std::map<std::pair<std::int64_t, std::int64_t>, std::optional<double>> tpot_known;
 
@@ -482,7 +480,7 @@ std::vector<std::string> Recorder::full_tables() const {
 }
 
 void Recorder::abort(const std::string& reason) {
-  for (const std::int64_t request : live()) state_->end(std::nullopt, request, kFailed, state_->reason(reason));
+  for (const std::int64_t request : live()) state_->end(std::nullopt, request, kFailed, state_->words.of(reason));
   for (const std::int64_t task : in_order<Flight>(state_->flights))
     state_->write_task(state_->flights.at(task), std::nullopt, kNoWord);
   state_->flights.clear();

@@ -62,8 +62,21 @@ class FileFact(msgspec.Struct, frozen=True):
     rows: int | None = None
 
 
+class UsageFact(msgspec.Struct, frozen=True):
+    """What an engine did from joining to leaving or the end of the run; spans in ns.
+
+    busy_ns: in iterations or batches. prefill_ns: the part of it in iterations with prompt tokens or in embedding
+    batches; the rest is decoding. Null: the engine does not tell them apart.
+    """
+
+    busy_ns: int
+    iterations: int
+    preemptions: int
+    prefill_ns: int | None = None
+
+
 class ReplicaFact(msgspec.Struct, frozen=True):
-    """A replica that took part; instants in ns, ``left_ns`` null if it stayed to the end."""
+    """A replica that took part; instants in ns, ``left_ns`` null if it stayed to the end, ``usage`` null if not known."""
 
     replica: int
     pool: str
@@ -72,6 +85,34 @@ class ReplicaFact(msgspec.Struct, frozen=True):
     device: int
     joined_ns: int
     left_ns: int | None = None
+    usage: UsageFact | None = None
+
+
+class PowerFact(msgspec.Struct, frozen=True):
+    """Watts of one whole device: with a model loaded and nothing to do, while prefilling, while decoding. measured: the
+    busy ones were measured on this hardware, not taken over from another; ``source`` says from which."""
+
+    idle_w: float
+    prefill_w: float
+    decode_w: float
+    measured: bool
+    source: str
+
+
+class DeviceFact(msgspec.Struct, frozen=True):
+    """A device of the cluster, by its number: ``count`` accelerators of the kind ``hardware`` that work as one.
+
+    hardware: name in ``sage_sim/hardware.yaml``; null for CPU workers. power: null where it is not known, and
+    ``no_power`` says why. price_per_h: USD, null if unpriced.
+    """
+
+    device: int
+    node: str
+    hardware: str | None
+    count: int
+    power: PowerFact | None
+    no_power: str | None
+    price_per_h: float | None
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -134,6 +175,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     trace: FileFact | None = None
     profiles: dict[str, FileFact] = {}
     replicas: tuple[ReplicaFact, ...] = ()
+    devices: tuple[DeviceFact, ...] = ()
     price_per_h: float | None = None
     counts: dict[str, int] = {}
     timing: Timing
@@ -165,6 +207,7 @@ def write_manifest(
     trace: Path | None = None,
     profiles: Mapping[str, Path] | None = None,
     replicas: tuple[ReplicaFact, ...] = (),
+    devices: tuple[DeviceFact, ...] = (),
     price_per_h: float | None = None,
     counts: Mapping[str, int] | None = None,
     network: str | None = None,
@@ -196,6 +239,7 @@ def write_manifest(
         trace=None if trace is None else file_fact(trace),
         profiles={name: file_fact(path) for name, path in (profiles or {}).items()},
         replicas=replicas,
+        devices=devices,
         price_per_h=price_per_h,
         counts=dict(counts or {}),
         timing=timing,

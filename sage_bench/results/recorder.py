@@ -8,11 +8,16 @@ ends in exactly one of ``schema.OUTCOMES`` (invariant 1, checked here a second t
 dispatched once (invariant 3). Events of a step come before its commands, except that a client who went away only
 decides the outcome if the plane did not answer in that same step. News of a task that already ended is late, not wrong
 (a live engine finishes what was cancelled a moment ago), and changes nothing.
+
+:class:`RunRecorder` is the meaning, and what records steps that Python takes;
+:class:`sage_bench.results.native_recorder.NativeRecorder` writes the same rows for the native event loop.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -36,8 +41,43 @@ Stages = Sequence[tuple[str, str]]
 IDS_NAMED: Final = 10
 """Request ids an error lists before it says how many more there are."""
 
+CUT_OFF: Final = "no outcome when the run ended"
+_INT32: Final = range(-(2**31), 2**31)
 
-class RunRecorder:
+
+class Recorder(abc.ABC):
+    """A recorder is closed when the run is over and aborted when it is cut short; ``with`` does either."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """The run is over: write the rest. Raises :class:`InvariantViolation` if a request has no outcome."""
+
+    @abc.abstractmethod
+    def abort(self, reason: str) -> None:
+        """The run was cut short: requests without an outcome become failed for ``reason``, with no end instant."""
+
+    @abc.abstractmethod
+    def counts(self) -> dict[str, int]:
+        """Requests arrived, requests per outcome, tasks dispatched: for the manifest."""
+
+    @abc.abstractmethod
+    def replicas(self) -> list[dict[str, Any]]:
+        """Every replica that joined and when it left (ns, null if it stayed): for the manifest."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(OutputError):  # the first error is the one to see
+                self.abort(f"the run was cut short: {kind.__name__}")
+
+
+class RunRecorder(Recorder):
     """Call it with each step of a run, then :meth:`close` it; or use ``with``, which closes or aborts.
 
     folder: where the Parquet files go. pipelines: the stages of every pipeline that requests may ask for. slo: the
@@ -62,8 +102,7 @@ class RunRecorder:
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.tasks = 0
         self._pipelines = dict(pipelines)
-        self._slo = slo
-        self._tpot_max_ns: dict[tuple[int, int], float | None] = {}
+        self._tpot_max_ns = functools.cache(functools.partial(tpot_max_ns, slo))
         self._warmup_ns = warmup_ns
         self._cooldown_at = cooldown_at
         self._live: dict[int, _Request] = {}
@@ -120,18 +159,11 @@ class RunRecorder:
             self._went_away.clear()
 
     def close(self) -> None:
-        """The run is over: write the rest. Raises :class:`InvariantViolation` if a request has no outcome."""
         lost = list(self._live)
-        self.abort("no outcome when the run ended")
-        if lost:
-            more = f" and {len(lost) - IDS_NAMED} more" if len(lost) > IDS_NAMED else ""
-            raise InvariantViolation(
-                f"invariant 1: {len(lost)} of {self.arrived} requests have no outcome: "
-                f"{', '.join(str(request) for request in lost[:IDS_NAMED])}{more}"
-            )
+        self.abort(CUT_OFF)
+        check_outcomes(lost, self.arrived)
 
     def abort(self, reason: str) -> None:
-        """The run was cut short: requests without an outcome become failed for ``reason``, with no end instant."""
         for request in list(self._live):
             self._end(None, request, "failed", reason)
         for flight in self._flights.values():
@@ -140,11 +172,9 @@ class RunRecorder:
         self._files.close()
 
     def counts(self) -> dict[str, int]:
-        """Requests arrived, requests per outcome, tasks dispatched: for the manifest."""
         return {"arrived": self.arrived, **self.outcomes, "tasks": self.tasks}
 
     def replicas(self) -> list[dict[str, Any]]:
-        """Every replica that joined and when it left (ns, null if it stayed): for the manifest."""
         return [
             {
                 "replica": replica,
@@ -158,18 +188,6 @@ class RunRecorder:
             for replica, row in self._replicas.items()
         ]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            with contextlib.suppress(OutputError):  # the first error is the one to see
-                self.abort(f"the run was cut short: {kind.__name__}")
-
     # --- events ---------------------------------------------------------------------------------------------------
 
     def _request_arrived(self, now: int, event: did.RequestArrived) -> None:
@@ -178,6 +196,10 @@ class RunRecorder:
             raise ConfigError(
                 f"pipeline {event.pipeline!r} (request {event.request}): not among the run's pipelines "
                 f"({', '.join(self._pipelines)}); add it to the pipeline configuration"
+            )
+        if event.priority not in _INT32:
+            raise ConfigError(
+                f"request {event.request}: priority {event.priority} is out of range; expected a whole number of 32 bits"
             )
         if event.request in self._live:
             raise InvariantViolation(f"invariant 1: request {event.request} arrived twice")
@@ -254,9 +276,12 @@ class RunRecorder:
         self._batches += 1
         for task in command.tasks:
             request = self._live.get(task.task >> TASK_BITS)
-            if request is None or task.task in self._flights:
-                why = "its request is not live" if request is None else "it is already in flight (invariant 3)"
-                raise InvariantViolation(f"task {task.task} dispatched, but {why}")
+            if request is None:
+                raise InvariantViolation(f"task {task.task} dispatched, but its request is not live")
+            if not 0 <= task.stage < len(request.stages):
+                raise InvariantViolation(f"task {task.task} dispatched, but its pipeline has no stage {task.stage}")
+            if task.task in self._flights:
+                raise InvariantViolation(f"task {task.task} dispatched, but it is already in flight (invariant 3)")
             self._flights[task.task] = _Flight(
                 task, replica, request.stages[task.stage], now, batch, len(command.tasks)
             )
@@ -336,7 +361,7 @@ class RunRecorder:
         scheduled_ns = event.scheduled_at
         first_token_ns = request.first_token_ns
         ttft_ns = None if first_token_ns is None else first_token_ns - scheduled_ns
-        tpot_max_ns = self._tpot_max(event.kind, event.priority)
+        tpot_max_ns = self._tpot_max_ns(event.kind, event.priority)
         e2e_ns = tpot_ns = None
         if outcome == "responded":
             assert now is not None
@@ -390,13 +415,21 @@ class RunRecorder:
             )
         )
 
-    def _tpot_max(self, kind: int, priority: int) -> float | None:
-        try:
-            return self._tpot_max_ns[kind, priority]
-        except KeyError:
-            tpot_s = self._slo.of(kind, priority).tpot_s
-            limit = self._tpot_max_ns[kind, priority] = None if tpot_s is None else tpot_s * SECOND
-            return limit
+
+def check_outcomes(lost: Sequence[int], arrived: int) -> None:
+    """Raise if of ``arrived`` requests the ``lost`` have no outcome."""
+    if lost:
+        more = f" and {len(lost) - IDS_NAMED} more" if len(lost) > IDS_NAMED else ""
+        raise InvariantViolation(
+            f"invariant 1: {len(lost)} of {arrived} requests have no outcome: "
+            f"{', '.join(str(request) for request in lost[:IDS_NAMED])}{more}"
+        )
+
+
+def tpot_max_ns(slo: SloTable, kind: int, priority: int) -> float | None:
+    """The TPOT objective of requests of this kind and priority, in ns per token."""
+    tpot_s = slo.of(kind, priority).tpot_s
+    return None if tpot_s is None else tpot_s * SECOND
 
 
 class _Replica(msgspec.Struct):

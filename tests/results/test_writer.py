@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from types import ModuleType
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -40,6 +42,26 @@ def test_rows_come_back_with_labels_and_nulls(tmp_path: Path) -> None:
 def test_no_rows_is_a_file_with_columns(tmp_path: Path) -> None:
     TableWriter(tmp_path / "t.parquet", SCHEMA).close()
     assert pq.read_table(tmp_path / "t.parquet").schema.equals(SCHEMA)
+
+
+def test_other_readers_see_the_same_values(tmp_path: Path, queueing: ModuleType) -> None:
+    """The encodings are not pyarrow's defaults; nobody should need pyarrow to read a run."""
+    queueing.run(tmp_path, queueing.Queue(rate=50, service_s=0.02, requests=300, queue_max=5, report_s=0.5))
+    for name in ("requests", "tasks", "replicas"):
+        expected = pq.read_table(tmp_path / f"{name}.parquet")
+        found = duckdb.execute(f"SELECT * FROM '{tmp_path}/{name}.parquet'").fetchall()
+        assert [tuple(row.values()) for row in expected.to_pylist()] == found
+    encodings = pq.read_metadata(tmp_path / "requests.parquet").row_group(0)
+    assert "DELTA_BINARY_PACKED" in encodings.column(0).encodings
+
+
+def test_a_reader_may_skip_row_groups_by_time(tmp_path: Path, queueing: ModuleType) -> None:
+    queueing.run(tmp_path, queueing.Queue(rate=50, service_s=0.01, requests=300), buffer_rows=100)
+    groups = pq.read_metadata(tmp_path / "requests.parquet")
+    columns = {groups.schema.column(i).name: i for i in range(groups.num_columns)}
+    found = [groups.row_group(i).column(columns["scheduled_ns"]).statistics for i in range(groups.num_row_groups)]
+    assert [each.min for each in found] == sorted(each.min for each in found)
+    assert groups.row_group(0).column(columns["input_tokens"]).statistics is None
 
 
 def test_the_log_is_flushed_by_bytes_too(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""What a manifest says of the devices of a run and of what their engines did: facts that energy is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sage_bench.config import DeviceConfig, RunConfig
+from sage_bench.results.manifest import DeviceFact, PowerFact, UsageFact
+from sage_sim import hardware
+from sage_sim.engine import ReplicaUsage
+from sage_sim.profile import Profile
+
+
+def device_facts(config: RunConfig, profiles: Mapping[str, Profile]) -> tuple[DeviceFact, ...]:
+    """The devices of the cluster, counted out, in the order of their numbers. profiles: by the names in ``config``."""
+    groups = [group for group in config.cluster.devices for _ in range(group.count)]
+    return tuple(_device(number, group, profiles) for number, group in enumerate(groups))
+
+
+def usage_fact(usage: ReplicaUsage | None) -> UsageFact | None:
+    """What a simulated engine says of itself; None stays None."""
+    if usage is None:
+        return None
+    return UsageFact(usage.busy_ns, usage.iterations, usage.preemptions, getattr(usage, "prefill_ns", None))
+
+
+def _device(number: int, group: DeviceConfig, profiles: Mapping[str, Profile]) -> DeviceFact:
+    of = [profiles[engine.profile].hardware for engine in (group.llm, group.embed) if engine is not None]
+    names = sorted({each.device for each in of})
+    count = max((each.count for each in of), default=1)
+    power, why = _power(names, count)
+    return DeviceFact(number, group.node, names[0] if len(names) == 1 else None, count, power, why, group.price_per_h)
+
+
+def _power(names: list[str], count: int) -> tuple[PowerFact | None, str | None]:
+    """The power of ``count`` devices, or why it is not known."""
+    if not names:
+        return None, "CPU workers have no power model"
+    if len(names) > 1:
+        return None, f"its profiles are of different devices ({', '.join(names)})"
+    facts = hardware.facts(names[0])
+    if facts is None:
+        return None, f"sage_sim/hardware.yaml has no device {names[0]}"
+    idle_w, prefill_w, decode_w = facts.idle_w, facts.prefill_w, facts.decode_w
+    if facts.power is None or idle_w is None or prefill_w is None or decode_w is None:
+        return None, f"the power of {names[0]} is not known (sage_sim/hardware.yaml)"
+    watts = (count * idle_w, count * prefill_w, count * decode_w)
+    return PowerFact(*watts, measured=facts.power.measured, source=facts.power.source), None
