@@ -6,16 +6,17 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 
 from sage_bench.config import NAME, DeviceConfig, EmbedConfig, LlmConfig, RunConfig
 from sage_core import native_plane as planes
+from sage_core.backend import ContentsOf
 from sage_core.errors import ConfigError, SageError
-from sage_core.load import Load
+from sage_core.load import Contents, Load
 from sage_core.native_plane import Plane
 from sage_core.pipeline import Pipeline, single_request_pipelines
 from sage_core.policy import Policy
@@ -26,8 +27,10 @@ from sage_policies.presets import PRESETS, preset
 from sage_sim.device import ColumnRecorder, Device, MakeDevice, Recorder
 from sage_sim.driver import SimDriver
 from sage_sim.engine import EmbedReplica, LlmReplica, SimulatedDevice
+from sage_sim.memory import ReplicaMemory, check_memory, llm_memory
 from sage_sim.operator import OperatorDevice, OperatorReplica
 from sage_sim.profile import Profile, load_profile
+from sage_sim.sharing import MpsDevice, shared
 
 TruthOf = Callable[[int], int]
 
@@ -99,10 +102,16 @@ def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -
         assert driver is not None
         return driver.output_tokens(request)
 
+    def contents(request: int) -> Contents | None:
+        assert driver is not None
+        return driver.contents(request)
+
+    truths = Truths(truth, contents)
+
     devices: list[MakeDevice] = []
     for group in config.cluster.devices:
         for _ in range(group.count):
-            devices.append(_device_maker(group, len(devices), parts.profiles, truth, config.mechanism == "reference"))
+            devices.append(_device_maker(group, len(devices), parts.profiles, truths, config.mechanism == "reference"))
     driver = SimDriver(
         make_plane(config, truth),
         parts.load,
@@ -234,10 +243,42 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
                 raise ConfigError(
                     f"{at}.{role}.profile: {engine.profile} is of kind {profiles[engine.profile].kind}, expected {wanted}"
                 )
+        if group.mps is not None and (group.llm is None or group.embed is None):
+            raise ConfigError(f"{at}.mps: shares are for an LLM and an embedding engine on one device; it has only one")
+        if group.mps is not None and group.mps.llm_share + group.mps.embed_share > 1:
+            raise ConfigError(
+                f"{at}.mps: expected shares of 1 in all, got {group.mps.llm_share} + {group.mps.embed_share}"
+            )
         try:
-            _device_maker(group, index, profiles, lambda request: 0, reference=False)(0).joined()
+            _check_memory(group, profiles)
+            _device_maker(group, index, profiles, _NOBODY, reference=False)(0).joined()
         except ConfigError as error:
             raise ConfigError(f"{at}: {error}") from error
+
+
+def _check_memory(group: DeviceConfig, profiles: Mapping[str, Profile]) -> None:
+    """What two engines share must hold both; one alone is held to the profile's own account (``Profile.kv_tokens``)."""
+    needs: list[ReplicaMemory] = []
+    sizes: list[float] = []
+    for name, engine in (("llm", group.llm), ("embed", group.embed)):
+        if engine is None:
+            continue
+        profile = profiles[engine.profile]
+        memory = profile.memory
+        needs.append(
+            llm_memory(
+                f"{name} ({engine.profile})",
+                weights=memory.weights_bytes,
+                kv_bytes_per_token=memory.kv_bytes_per_token,
+                kv_tokens=_kv_tokens(engine, profile) if isinstance(engine, LlmConfig) else 0,
+                reserve=memory.reserve_bytes,
+                devices=profile.hardware.count,
+            )
+        )
+        if profile.hardware.memory_gib is not None:
+            sizes.append(profile.hardware.memory_gib)
+    if sizes:
+        check_memory(f"{group.node}", round(min(sizes) * 2**30), needs)
 
 
 def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
@@ -257,8 +298,18 @@ def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+class Truths(NamedTuple):
+    """What devices may know of a request: its output length, and what its prompt begins with."""
+
+    output_tokens: TruthOf
+    contents: ContentsOf
+
+
+_NOBODY: Final = Truths(lambda request: 0, lambda request: None)
+
+
 def _device_maker(
-    group: DeviceConfig, number: int, profiles: Mapping[str, Profile], truth: TruthOf, reference: bool
+    group: DeviceConfig, number: int, profiles: Mapping[str, Profile], truths: Truths, reference: bool
 ) -> MakeDevice:
     def make_device(replica: int) -> Device:
         if group.operator is not None:
@@ -270,8 +321,8 @@ def _device_maker(
                     replica,
                     o.pool,
                     workers=o.workers,
-                    fixed_ns=round(o.fixed_s * 1e9),
-                    input_token_ns=round(o.input_token_s * 1e9),
+                    fixed_ns=_ns(o.fixed_s),
+                    input_token_ns=_ns(o.input_token_s),
                     output_tokens=o.output_tokens,
                 ),
             )
@@ -281,16 +332,29 @@ def _device_maker(
             replica += 1
         if group.embed is not None:
             embed = _embed_replica(group.embed, replica, profiles[group.embed.profile])
-        return SimulatedDevice(number, group.node, llm, embed, truth, reference=reference)
+
+        def simulated(llm: LlmReplica | None, embed: EmbedReplica | None) -> SimulatedDevice:
+            return SimulatedDevice(number, group.node, llm, embed, truths.output_tokens, reference, truths.contents)
+
+        if (mps := group.mps) is None or llm is None or embed is None:
+            return simulated(llm, embed)
+        slower_llm = replace(llm, time=shared(llm.time, mps.llm_share, mps.saturation))
+        slower_embed = replace(embed, time=shared(embed.time, mps.embed_share, mps.saturation))
+        return MpsDevice([simulated(slower_llm, None), simulated(None, slower_embed)])
 
     return make_device
 
 
+def _kv_tokens(config: LlmConfig, profile: Profile) -> int:
+    if config.kv_tokens is not None:
+        return config.kv_tokens
+    utilization = config.gpu_memory_utilization
+    return profile.kv_tokens_max if utilization is None else profile.kv_tokens(utilization)
+
+
 def _llm_replica(config: LlmConfig, replica: int, profile: Profile) -> LlmReplica:
-    kv_tokens = config.kv_tokens
-    if kv_tokens is None:
-        utilization = config.gpu_memory_utilization
-        kv_tokens = profile.kv_tokens_max if utilization is None else profile.kv_tokens(utilization)
+    kv_tokens = _kv_tokens(config, profile)
+    host, drafts = config.host, config.speculative
     if kv_tokens < config.block_size:
         raise ConfigError(f"kv_tokens: expected at least one block of {config.block_size} tokens, got {kv_tokens}")
     return LlmReplica(
@@ -303,9 +367,31 @@ def _llm_replica(config: LlmConfig, replica: int, profile: Profile) -> LlmReplic
         kv_blocks=kv_tokens // config.block_size,
         chunked_prefill=config.chunked_prefill,
         priority_queue=config.scheduling == "priority",
-        ingress_ns=round(config.ingress_s * 1e9),
-        egress_ns=round(config.egress_s * 1e9),
+        ingress_ns=_ns(config.ingress_s),
+        egress_ns=_ns(config.egress_s),
+        prefix_caching=config.prefix_caching,
+        async_scheduling=config.async_scheduling,
+        scheduler_reserve_full_isl=config.scheduler_reserve_full_isl,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        max_num_partial_prefills=config.max_num_partial_prefills,
+        max_model_len=profile.model.positions if config.max_model_len is None else config.max_model_len,
+        watermark_blocks=int(config.watermark * (kv_tokens // config.block_size)),
+        num_speculative_tokens=0 if drafts is None else drafts.num_speculative_tokens,
+        acceptance_rate=0.0 if drafts is None else drafts.acceptance_rate,
+        draft_ns=0 if drafts is None else _ns(drafts.draft_s),
+        scheduler_ns=_ns(host.scheduler_s),
+        scheduler_seq_ns=_ns(host.scheduler_seq_s),
+        api_server_ns=_ns(host.api_server_s),
+        api_server_token_ns=_ns(host.api_server_token_s),
+        detokenizer_token_ns=_ns(host.detokenizer_token_s),
+        startup_ns=_ns(config.startup_s),
+        weight_bytes=0 if config.weights_gib_per_s is None else profile.memory.weights_bytes // profile.hardware.count,
+        weight_bytes_per_s=0 if config.weights_gib_per_s is None else round(config.weights_gib_per_s * 2**30),
     )
+
+
+def _ns(span_s: float) -> int:
+    return round(span_s * 1e9)
 
 
 def _embed_replica(config: EmbedConfig, replica: int, profile: Profile) -> EmbedReplica:
@@ -316,6 +402,6 @@ def _embed_replica(config: EmbedConfig, replica: int, profile: Profile) -> Embed
         max_batch_tasks=config.max_batch_tasks,
         max_batch_tokens=config.max_batch_tokens,
         padding=config.padding,
-        ingress_ns=round(config.ingress_s * 1e9),
-        egress_ns=round(config.egress_s * 1e9),
+        ingress_ns=_ns(config.ingress_s),
+        egress_ns=_ns(config.egress_s),
     )

@@ -34,8 +34,45 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
+class SpeculativeConfig(_Strict, frozen=True):
+    """Speculative decoding: so many drafts a decode, each accepted at this rate if all before it were; ``draft_s`` is
+    what the drafts of an iteration take."""
+
+    num_speculative_tokens: Positive
+    acceptance_rate: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    draft_s: Seconds = 0.0
+
+
+class HostConfig(_Strict, frozen=True):
+    """CPU time of an LLM engine: of its scheduler, an iteration and per sequence in it; of its one API server, a request
+    and per input token; of its detokeniser, per token."""
+
+    scheduler_s: Seconds = 0.0
+    scheduler_seq_s: Seconds = 0.0
+    api_server_s: Seconds = 0.0
+    api_server_token_s: Seconds = 0.0
+    detokenizer_token_s: Seconds = 0.0
+
+
+class MpsConfig(_Strict, frozen=True):
+    """Shares of the multiprocessors by NVIDIA MPS; ``saturation``: the share that is enough to saturate the memory."""
+
+    llm_share: Fraction
+    embed_share: Fraction
+    saturation: Fraction
+
+
 class LlmConfig(_Strict, frozen=True):
-    """An LLM engine on a device; names as in vLLM. ``kv_tokens`` null: what the profile says fits the device."""
+    """An LLM engine on a device; names and defaults as in vLLM 0.19, 0 for no limit.
+
+    kv_tokens null: what the profile says fits the device. max_model_len null: the model's own. watermark: fraction of
+    the KV blocks kept free at admission. startup_s: from start to healthy after a fault, on top of reading the weights at
+    ``weights_gib_per_s`` (null: not modelled).
+    """
 
     profile: str
     pool: str = "llm"
@@ -46,8 +83,19 @@ class LlmConfig(_Strict, frozen=True):
     gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     chunked_prefill: bool = True
     scheduling: Literal["fcfs", "priority"] = "fcfs"
+    prefix_caching: bool = True
+    async_scheduling: bool = True
+    scheduler_reserve_full_isl: bool = True
+    long_prefill_token_threshold: Count = 0
+    max_num_partial_prefills: Count = 0
+    max_model_len: Positive | None = None
+    watermark: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    speculative: SpeculativeConfig | None = None
+    host: HostConfig = HostConfig()
     ingress_s: Seconds = 0.0
     egress_s: Seconds = 0.0
+    startup_s: Seconds = 0.0
+    weights_gib_per_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 class EmbedConfig(_Strict, frozen=True):
@@ -73,13 +121,17 @@ class OperatorConfig(_Strict, frozen=True):
 
 
 class DeviceConfig(_Strict, frozen=True):
-    """``count`` equal devices on one node, each with an LLM engine, an embedding engine, or both; or CPU workers."""
+    """``count`` equal devices on one node, each with an LLM engine, an embedding engine, or both; or CPU workers.
+
+    Two engines take turns, iteration by iteration, unless ``mps`` gives each a share of the device.
+    """
 
     node: str
     count: Positive = 1
     llm: LlmConfig | None = None
     embed: EmbedConfig | None = None
     operator: OperatorConfig | None = None
+    mps: MpsConfig | None = None
     price_per_h: Usd | None = None  # USD, of one device
 
 
@@ -191,6 +243,9 @@ _STRUCTS: Final[dict[str, type]] = {
     "pipeline": PipelineConfig,
     "cluster.devices[...]": DeviceConfig,
     "cluster.devices[...].llm": LlmConfig,
+    "cluster.devices[...].llm.speculative": SpeculativeConfig,
+    "cluster.devices[...].llm.host": HostConfig,
+    "cluster.devices[...].mps": MpsConfig,
     "cluster.devices[...].embed": EmbedConfig,
     "cluster.devices[...].operator": OperatorConfig,
     "cluster.network": NetworkConfig,

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,9 +32,11 @@ from sage_core.events import AnyEvent
 from sage_core.native_plane import Plane
 from sage_core.ops import native_build
 from sage_core.plane import Counts
-from sage_core.units import NEVER, seconds
+from sage_core.units import NEVER, PoolKind, seconds
 from sage_sim.device import ColumnRecorder, Recorder
 from sage_sim.driver import Finish, SimDriver
+from sage_sim.engine import ReplicaUsage
+from sage_sim.engine_reference import Seen
 from sage_sim.profile import PROFILES
 
 CONFIG_NAME = "config.yaml"
@@ -111,7 +113,7 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
                 # Outcomes as in the rows: a step that could not be taken is in the plane's figures and nowhere else.
                 counts={**{name: getattr(counts, name) for name in counts.__dataclass_fields__}, **rows.counts()},
             )
-    warnings = [*parts.warnings, *_all_warmup(config, finish)] + (
+    warnings = [*parts.warnings, *_all_warmup(config, finish), *_left_profiles(parts, usage, rows.replicas())] + (
         _why_failed(folder, parts) if counts.failed and not finish.interrupted else []
     )
     return RunResult(folder, config, counts, finish, warnings, time.perf_counter() - wall)
@@ -148,6 +150,27 @@ def _all_warmup(config: RunConfig, finish: Finish) -> list[str]:
     if 0 < finish.now <= seconds(config.warmup_s):
         return [f"warmup_s={config.warmup_s:g} is longer than the run ({finish.now / 1e9:.1f} s): no request counts"]
     return []
+
+
+def _left_profiles(parts: Parts, usage: Mapping[int, ReplicaUsage], replicas: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the run went beyond what a profile was fitted on: nothing is extrapolated silently."""
+    groups = [group for group in parts.config.cluster.devices for _ in range(group.count)]
+    largest: dict[str, Seen] = {}
+    for row in replicas:
+        group = groups[row["device"]]
+        engine = group.llm if row["pool_kind"] == PoolKind.LLM else group.embed
+        if engine is not None and row["replica"] in usage:
+            pairs = zip(largest.get(engine.profile, Seen()), usage[row["replica"]].seen, strict=True)
+            largest[engine.profile] = Seen(*(max(pair) for pair in pairs))
+    found: list[str] = []
+    for name, seen in sorted(largest.items()):
+        found += parts.profiles[name].warn_outside(
+            seqs=seen.decode_seqs or None,
+            kv_tokens=seen.decode_kv_tokens or None,
+            prefill_tokens=seen.prefill_tokens or None,
+            prompt_tokens=seen.prompt_tokens or None,
+        )
+    return [message for message in found if message not in parts.warnings]
 
 
 def run_id(parts: Parts, plain: dict[str, Any]) -> str:

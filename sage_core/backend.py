@@ -11,10 +11,14 @@ from typing import Protocol, TypeAlias
 
 from sage_core.commands import AnyCommand
 from sage_core.events import AnyEvent, ReplicaJoined, ReplicaReported
+from sage_core.load import Contents
 from sage_core.units import Nanos
 
 OutputTokens: TypeAlias = Callable[[int], int]
 """True output length of a request id. Only backends hold it: this is the oracle boundary."""
+
+ContentsOf: TypeAlias = Callable[[int], Contents | None]
+"""What the prompt of a request id begins with; also on this side of the oracle boundary."""
 
 
 class BackendModel(Protocol):

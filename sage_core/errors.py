@@ -53,3 +53,9 @@ class OutputError(SageError, OSError):
     """Results could not be written (no space, no permission)."""
 
     exit_code = 8
+
+
+class FidelityError(SageError, ValueError):
+    """A simulation is further from the measured run than the user allows."""
+
+    exit_code = 9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,12 +12,24 @@ from sage_core.events import RequestArrived
 from sage_core.units import Nanos
 
 
+class Contents(NamedTuple):
+    """What a prompt begins with: ids (from 0) of its blocks of ``block_tokens`` tokens, from the start of it on.
+
+    Equal ids mean that the prompts are equal up to the end of that block. There may be fewer blocks than the prompt has.
+    """
+
+    block_tokens: int
+    blocks: tuple[int, ...]
+
+
 class Arrival(NamedTuple):
-    """A request to send at ``at`` (ns), and the output length that only backends may know."""
+    """A request to send at ``at`` (ns), and what only backends may know: its output length, and what its prompt shares
+    with others."""
 
     at: Nanos
     request: RequestArrived
     output_tokens: int
+    contents: Contents | None = None
 
 
 class Arrivals(NamedTuple):
@@ -40,6 +52,7 @@ class Arrivals(NamedTuple):
     due_at: NDArray[np.int64]
     prefix: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
+    contents: Sequence[Contents | None] | None = None  # a row each; None: no prompt shares anything
 
 
 class Load(Protocol):

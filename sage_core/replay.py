@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sage_core.commands import AnyCommand
 from sage_core.events import AnyEvent
 from sage_core.log import Chain, Step, decode_events
-from sage_core.plane import ControlPlane
+from sage_core.native_plane import Plane
 from sage_core.units import Nanos
 
 
@@ -46,7 +46,7 @@ class Replayed:
     divergence: Divergence | None
 
 
-def replay(log: Iterable[Step], plane: ControlPlane) -> Replayed:
+def replay(log: Iterable[Step], plane: Plane) -> Replayed:
     """Feed ``log`` to ``plane``, a fresh one, up to the first divergence. Raises DataError for a damaged log."""
     chain = Chain()
     number = 0

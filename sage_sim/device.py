@@ -41,6 +41,13 @@ class Metered(Protocol):
     def usage(self, now: Nanos) -> list[ReplicaUsage]: ...
 
 
+@runtime_checkable
+class Starting(Protocol):
+    """A device that takes its time to become healthy after a restart."""
+
+    def startup_ns(self) -> int: ...
+
+
 MakeDevice: TypeAlias = Callable[[int], Device]
 """A device whose first replica has the given id, the others the ids after it."""
 

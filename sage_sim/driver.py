@@ -21,12 +21,12 @@ from simpy.events import Event as SimpyEvent
 
 from sage_core import events as e
 from sage_core.errors import ConfigError
-from sage_core.load import Arrival, Arrivals, ColumnLoad, Load
+from sage_core.load import Arrival, Arrivals, ColumnLoad, Contents, Load
 from sage_core.native_plane import NativePlane, Plane
 from sage_core.plane import Counts
 from sage_core.rng import Streams
 from sage_core.units import NEVER, Nanos, seconds
-from sage_sim.device import ColumnRecorder, Device, MakeDevice, Metered, Recorder, Why
+from sage_sim.device import ColumnRecorder, Device, MakeDevice, Metered, Recorder, Starting, Why
 from sage_sim.engine import ReplicaUsage
 from sage_sim.faults import Fault
 from sage_sim.loop import NativeLoop
@@ -115,6 +115,10 @@ class SimDriver:
     def output_tokens(self, request: int) -> int:
         """The oracle, for simulated devices only: the true output length of a live request."""
         return self._loop.output_tokens(request)
+
+    def contents(self, request: int) -> Contents | None:
+        """What the prompt of a live request begins with; for simulated devices only."""
+        return self._loop.contents(request)
 
     def run(self, tick: Callable[[int, Plane], None] | None = None) -> Finish:
         """Run to the end of the load and of every request, or to ``until_s``; then fail what is left.
@@ -270,7 +274,16 @@ class SimDriver:
             return  # another restart was faster
         if self._loop.present(index):  # still draining: its time is up
             self._crash(index)
-        self._join(index)
+        slot = self._slots[index]
+        slot.life += 1
+        device = slot.make(self._replica_next)
+        ready = self._now + (device.startup_ns() if isinstance(device, Starting) else 0)
+        self._at(ready, self._on_started, (index, slot.life))
+
+    def _on_started(self, started: tuple[int, int]) -> None:
+        index, life = started
+        if self._slots[index].life == life:
+            self._join(index)
 
     def _crash(self, index: int) -> None:
         self._loop.leave(self._now, index)

@@ -9,7 +9,7 @@ import msgspec
 
 from sage_core.commands import AnyCommand
 from sage_core.events import AnyEvent
-from sage_core.load import Arrival, Arrivals
+from sage_core.load import Arrival, Arrivals, Contents
 from sage_core.log import decode_events
 from sage_core.native_plane import NativePlane
 from sage_core.ops import extension
@@ -42,7 +42,7 @@ class NativeLoop:
         joined = _encode(device.joined())
         if isinstance(device, SimulatedDevice) and device.native is not None:
             llm, embed = (-1 if replica is None else replica for replica in device.replicas)
-            self._native.join_engine(now, slot, device, device.native, llm, embed, joined)
+            self._native.join_engine(now, slot, device, device.native, llm, embed, device.cached_block_size, joined)
         else:
             self._native.join_python(now, slot, _Outside(device), joined)
 
@@ -64,7 +64,7 @@ class NativeLoop:
             self._native.feed(*arrivals)
         else:
             for arrival in arrivals:
-                self._native.feed_one(arrival.at, _encode((arrival.request,)), arrival.output_tokens)
+                self._native.feed_one(arrival.at, _encode((arrival.request,)), arrival.output_tokens, arrival.contents)
 
     def begin_arrivals(self) -> None:
         """Schedule the first one fed; the others follow one another."""
@@ -76,7 +76,7 @@ class NativeLoop:
 
     def arrive(self, now: int, arrival: Arrival) -> None:
         """A request from outside arrives now."""
-        self._native.arrive(now, _encode((arrival.request,)), arrival.output_tokens)
+        self._native.arrive(now, _encode((arrival.request,)), arrival.output_tokens, arrival.contents)
 
     def expect(self, more: int) -> None:
         """So many more requests are on their way outside; negative: they have come."""
@@ -105,6 +105,11 @@ class NativeLoop:
     def output_tokens(self, request: int) -> int:
         """The true output length of a live request: the oracle."""
         return self._native.output_tokens(request)
+
+    def contents(self, request: int) -> Contents | None:
+        """What the prompt of a live request begins with."""
+        block_tokens, blocks = self._native.contents(request)
+        return Contents(block_tokens, tuple(blocks)) if blocks else None
 
     @property
     def now(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from sage_core import events as e
 from sage_core.commands import AnyCommand, Cancel, Dispatch
 from sage_core.errors import IllegalEvent, PolicyError
-from sage_core.load import Arrival
+from sage_core.load import Arrival, Contents
 from sage_core.log import Chain
 from sage_core.plane import ControlPlane
 from sage_core.units import NEVER, Nanos, request_of
@@ -47,7 +47,7 @@ class Loop:
         self._starved = False
         self._expected = 0
         self._on_ended: Callable[[int, int], None] | None = None
-        self._truth: dict[int, int] = {}
+        self._truth: dict[int, Arrival] = {}
         self._until = 0
         self._inbox: list[e.AnyEvent] = []
         self._pump_due = False
@@ -167,7 +167,11 @@ class Loop:
 
     def output_tokens(self, request: int) -> int:
         """The true output length of a live request: the oracle."""
-        return self._truth[request]
+        return self._truth[request].output_tokens
+
+    def contents(self, request: int) -> Contents | None:
+        """What the prompt of a live request begins with."""
+        return self._truth[request].contents
 
     @property
     def idle(self) -> bool:
@@ -250,7 +254,7 @@ class Loop:
         self.begin_arrivals()
 
     def _arrive(self, arrival: Arrival) -> None:
-        self._truth[arrival.request.request] = arrival.output_tokens
+        self._truth[arrival.request.request] = arrival
         self._post(arrival.request)
 
     def _ended(self, request: int) -> None:

@@ -1,35 +1,26 @@
-"""A profile: how long one engine step takes for one model on one kind of device, and how well that is known.
+"""A profile: how long one engine iteration takes for one model on one kind of device, and how well that is known.
 
-A profile is a YAML file of fitted coefficients with their provenance: where the numbers come from, the error on points
-the fit has not seen, the range it was fitted on, comparisons with independent measurements, and what is assumed. The
-shipped ones lie in ``sage_sim/profiles`` and are made by ``tools/fit_profiles.py``; a path loads a user's own.
+A profile is a YAML file of times at knots with their provenance: where the numbers come from, the error on points the
+fit has not seen, the range it was fitted on, comparisons with independent measurements, and what is assumed. The shipped
+ones lie in ``sage_sim/profiles`` and are made by ``tools/fit_profiles.py``; a path loads a user's own. What the times
+mean is in :mod:`sage_sim.iteration`.
 
 Rules kept:
 
-* Units stand in the keys (``decode_base_us``); the conversion to the engine's integer picoseconds happens once, here.
+* Units stand in the keys (``per_pair_ns``); the conversion to the engine's integer picoseconds happens once, here.
 * A broken file is one error that names the file and the key. Unknown keys are errors: a typo may not pass silently.
-* Nothing is extrapolated silently: ``warn_outside`` says when a configuration leaves the fitted range.
-
-The step model, with P new prompt tokens, A = sum over prompts of p (context + p/2), and KV = sum of cached tokens::
-
-    decode    decode_base + decode_per_seq * seqs + decode_per_kv_token * KV
-    prefill   max(prefill_floor, prefill_base + prefill_per_token * P + prefill_per_token2 * A)
-    mixed     prefill + (decode_per_seq * seqs + decode_per_kv_token * KV) * mixed_permille / 1000
-    embedding the prefill form over the batch's tokens
-
-and ``overhead`` is added to each.
+* Nothing is extrapolated silently: ``warn_outside`` says when a configuration or a run leaves the fitted range.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
-import numpy as np
 import yaml
-from numpy.typing import ArrayLike, NDArray
 
 from sage_core.errors import ConfigError, DataError
 from sage_sim.iteration import IterationTime
@@ -63,43 +54,91 @@ def load_profile(name_or_path: str | Path) -> Profile:
     return _read(PROFILES / f"{text}.yaml")
 
 
-class TimeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The coefficients in human units: us for fixed and per-item terms, ns per cached token and per token pair."""
+class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Times at rising knots, linear between them. The last segment, which goes on, may not fall."""
 
-    decode_base_us: float = 0.0
-    decode_per_seq_us: float = 0.0
-    decode_per_kv_token_ns: float = 0.0
-    prefill_floor_us: float
-    prefill_base_us: float
-    prefill_per_token_us: float
-    prefill_per_token2_ns: float
-    mixed_permille: int = 1000
+    at: list[int]
+    us: list[float]
+
+    def __post_init__(self) -> None:
+        _check_knots("at", self.at)
+        _check_times("us", [self.us], 1, len(self.at))
+        if self.us[-1] < self.us[-2:][0]:
+            raise ValueError("us: the last time is below the one before it, and the line goes on")
+
+
+class Attention(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Attention of decoding sequences over all layers: for each number of sequences, a row over the mean context.
+
+    decode_us: nothing else is in the iteration. mixed_us: beside a prefill, in whose kernel it then runs.
+    mixed_per_seq_token_ns: per decoding sequence and token of the mean chunk, on top of mixed_us.
+    """
+
+    seqs: list[int]
+    context: list[int]
+    decode_us: list[list[float]]
+    mixed_us: list[list[float]]
+    mixed_per_seq_token_ns: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("seqs", "context"):
+            _check_knots(name, getattr(self, name))
+        for name in ("decode_us", "mixed_us"):
+            rows = getattr(self, name)
+            _check_times(name, rows, len(self.seqs), len(self.context))
+            if any(low > high for row in (*rows, *zip(*rows, strict=True)) for low, high in pairwise(row)):
+                raise ValueError(f"{name}: expected times that never fall from one knot to the next")
+        _check_numbers(self, ("mixed_per_seq_token_ns",))
+
+
+class Prefill(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Attention of new prompt tokens over all layers: ``base`` by their number, plus the larger of pairs and context."""
+
+    base: Curve
+    per_pair_ns: float
+    per_context_token_ns: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, ("per_pair_ns", "per_context_token_ns"))
+
+
+class TimeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The parts of an iteration, each over all layers. ``head`` and ``attention``: None for an embedding model.
+
+    token: whatever works token by token, by the tokens in the iteration. head: LM head and sampler, by sequences.
+    """
+
+    token: Curve
+    head: Curve | None = None
+    prefill: Prefill
+    attention: Attention | None = None
     overhead_us: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: expected a finite number from 0, got {value}")
+        _check_numbers(self, ("overhead_us",))
+        if min(self.token.us) <= 0:
+            raise ValueError("token.us: expected more than 0: no iteration takes no time")
 
-    def decode_us(self, seqs: ArrayLike, kv: ArrayLike) -> NDArray[np.float64]:
-        """Decode steps of ``seqs`` sequences over ``kv`` cached tokens in all, without overhead; broadcasts."""
-        return self.decode_base_us + self._beside_us(seqs, kv)
-
-    def prefill_us(self, tokens: ArrayLike, pairs: ArrayLike) -> NDArray[np.float64]:
-        """Prefill steps (or embedding batches) of ``tokens`` P and ``pairs`` A, without overhead; broadcasts."""
-        line = self.prefill_base_us + self.prefill_per_token_us * np.asarray(tokens, dtype=np.float64)
-        line = line + self.prefill_per_token2_ns * np.asarray(pairs, dtype=np.float64) / 1e3
-        return np.maximum(self.prefill_floor_us, line)
-
-    def step_us(self, tokens: ArrayLike, pairs: ArrayLike, seqs: ArrayLike, kv: ArrayLike) -> NDArray[np.float64]:
-        """Any step, overhead included: mixed where there are both prompt tokens and decoding sequences."""
-        mixed = self.prefill_us(tokens, pairs) + self._beside_us(seqs, kv) * self.mixed_permille / 1000
-        return np.where(np.asarray(tokens) > 0, mixed, self.decode_us(seqs, kv)) + self.overhead_us
-
-    def _beside_us(self, seqs: ArrayLike, kv: ArrayLike) -> NDArray[np.float64]:
-        per_kv = self.decode_per_kv_token_ns * np.asarray(kv, dtype=np.float64) / 1e3
-        return np.asarray(self.decode_per_seq_us * np.asarray(seqs, dtype=np.float64) + per_kv)
+    def law(self) -> IterationTime:
+        """In integer picoseconds, as the engine takes it."""
+        none = Curve([1], [0.0])
+        head, attention = self.head or none, self.attention or Attention([1], [1], [[0.0]], [[0.0]])
+        return IterationTime(
+            token_knots=tuple(self.token.at),
+            token_ps=_row_ps(self.token.us),
+            head_knots=tuple(head.at),
+            head_ps=_row_ps(head.us),
+            attention_seqs=tuple(attention.seqs),
+            attention_context=tuple(attention.context),
+            decode_ps=tuple(ps for row in attention.decode_us for ps in _row_ps(row)),
+            mixed_ps=tuple(ps for row in attention.mixed_us for ps in _row_ps(row)),
+            mixed_token=_ns_to_ps(attention.mixed_per_seq_token_ns),
+            prefill_knots=tuple(self.prefill.base.at),
+            prefill_ps=_row_ps(self.prefill.base.us),
+            prefill_pair=_ns_to_ps(self.prefill.per_pair_ns),
+            prefill_context=_ns_to_ps(self.prefill.per_context_token_ns),
+            overhead=_us_to_ps(self.overhead_us),
+        )
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -147,9 +186,10 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the times come from. ``measured``: whole steps timed; ``composed``: summed from timed kernels."""
+    """Where the times come from. ``measured``: whole iterations timed; ``composed``: summed from timed kernels;
+    ``roofline``: derived from data sheets, no measurement of this model on this device."""
 
-    kind: Literal["measured", "composed"]
+    kind: Literal["measured", "composed", "roofline"]
     files: list[str]
     origin: list[str]
     licence: str
@@ -158,7 +198,10 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FitError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Error of the fit on ``held_out`` points of conditions it was not fitted on, in per cent of the true time."""
+    """Error on ``held_out`` iterations of conditions left out of the fit, in per cent of the true time.
+
+    The file itself holds the fit on all conditions; the error is that of the same fit on the ``train`` others.
+    """
 
     train: int
     held_out: int
@@ -178,12 +221,17 @@ class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Valid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the fit has seen; ranges of a phase that was not fitted are None."""
+    """What the fit has seen; ranges of a phase that was not fitted are None.
+
+    prefill_tokens: new prompt tokens of an iteration. prompt_tokens: of one prompt, cached context included.
+    decode_seqs, decode_kv_tokens: sequences of an iteration and their context in all; decode_context: of one sequence.
+    """
 
     prefill_tokens: Range
     prompt_tokens: Range
     decode_seqs: Range | None = None
     decode_kv_tokens: Range | None = None
+    decode_context: Range | None = None
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -204,13 +252,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     assumptions: list[str]
 
     def __post_init__(self) -> None:
-        if self.time.prefill_per_token_us <= 0:
-            raise ValueError("time.prefill_per_token_us: expected more than 0")
-        if self.kind == "embedding" and self.time.decode_us(1, 1) > 0:
-            raise ValueError("an embedding profile has no decode_* times; leave them out")
+        parts = {"head": self.time.head, "attention": self.time.attention}
+        if self.kind == "embedding" and any(parts.values()):
+            raise ValueError("an embedding profile has no time.head and no time.attention; leave them out")
         if self.kind == "llm":
+            for name, part in parts.items():
+                if part is None:
+                    raise ValueError(f"time.{name}: an llm profile needs it")
             for name, value in (
-                ("time.decode_base_us", self.time.decode_base_us),
                 ("memory.kv_bytes_per_token", self.memory.kv_bytes_per_token),
                 ("hardware.memory_gib", self.hardware.memory_gib or 0),
             ):
@@ -218,20 +267,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                     raise ValueError(f"{name}: an llm profile needs a number above 0")
 
     def iteration_time(self) -> IterationTime:
-        """The coefficients in integer picoseconds, as the engine takes them."""
-        time = self.time
-        return IterationTime(
-            # An embedding engine never decodes; the engine still asks for a base of at least 1 ps.
-            decode_base=max(1, _us_to_ps(time.decode_base_us)),
-            decode_seq=_us_to_ps(time.decode_per_seq_us),
-            decode_kv=_ns_to_ps(time.decode_per_kv_token_ns),
-            prefill_floor=_us_to_ps(time.prefill_floor_us),
-            prefill_base=_us_to_ps(time.prefill_base_us),
-            prefill_token=_us_to_ps(time.prefill_per_token_us),
-            prefill_attn=_ns_to_ps(time.prefill_per_token2_ns),
-            mixed_permille=time.mixed_permille,
-            overhead=_us_to_ps(time.overhead_us),
-        )
+        """The law, as the engine takes it."""
+        return self.time.law()
 
     @property
     def kv_tokens_max(self) -> int:
@@ -259,13 +296,18 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         *,
         seqs: int | None = None,
         kv_tokens: int | None = None,
+        context: int | None = None,
         prefill_tokens: int | None = None,
         prompt_tokens: int | None = None,
     ) -> list[str]:
-        """One message for each value that the fit has not seen; empty when all lie inside. None is not checked."""
+        """One message for each value that the fit has not seen; empty when all lie inside. None is not checked.
+
+        Asked twice: with what is configured, before a run, and with the largest values that the run met, after it.
+        """
         asked = {
             "decode_seqs": seqs,
             "decode_kv_tokens": kv_tokens,
+            "decode_context": context,
             "prefill_tokens": prefill_tokens,
             "prompt_tokens": prompt_tokens,
         }
@@ -297,6 +339,30 @@ def _read(path: Path) -> Profile:
         message, _, at = str(error).partition(" - at `$")
         key = at.strip("`.") or "the top level"
         raise DataError(f"profile {path}: at {key}: {message}; see docs/profiles.md for the schema") from error
+
+
+def _check_knots(name: str, knots: list[int]) -> None:
+    if not knots or knots[0] < 0 or any(low >= high for low, high in pairwise(knots)):
+        raise ValueError(f"{name}: expected whole numbers from 0 that rise, got {knots}")
+
+
+def _check_times(name: str, rows: list[list[float]], count: int, width: int) -> None:
+    if len(rows) != count or any(len(row) != width for row in rows):
+        shape = f"{width} times" if count == 1 else f"{count} rows of {width} times"
+        raise ValueError(f"{name}: expected {shape}, one for each knot")
+    if not all(math.isfinite(time) and time >= 0 for row in rows for time in row):
+        raise ValueError(f"{name}: expected finite numbers from 0")
+
+
+def _check_numbers(struct: msgspec.Struct, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(struct, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: expected a finite number from 0, got {value}")
+
+
+def _row_ps(row: list[float]) -> tuple[int, ...]:
+    return tuple(_us_to_ps(time) for time in row)
 
 
 def _us_to_ps(value: float) -> int:

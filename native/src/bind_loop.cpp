@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <unordered_map>
 
 #include "sage/engine.hpp"
 #include "sage/errors.hpp"
@@ -21,8 +22,9 @@ using Column = py::array_t<std::int64_t, py::array::c_style | py::array::forceca
 class EngineDevice : public LoopDevice {
  public:
   // device: the SimulatedDevice; it owns the engine and says why a task failed. A replica of -1 is absent.
-  EngineDevice(py::object device, Engine& engine, std::int64_t llm, std::int64_t embed)
-      : device_(std::move(device)), engine_(engine), llm_(llm), embed_(embed) {}
+  // block_size: of the LLM engine's prefix cache, 0 without one.
+  EngineDevice(py::object device, Engine& engine, std::int64_t llm, std::int64_t embed, std::int64_t block_size)
+      : device_(std::move(device)), engine_(engine), llm_(llm), embed_(embed), block_size_(block_size) {}
 
   void step(std::int64_t now, const Command* command, const Truth& truth, std::vector<Event>& told) override {
     try {
@@ -56,10 +58,23 @@ class EngineDevice : public LoopDevice {
  private:
   void submit(std::int64_t now, std::int64_t replica, const Task& task, const Truth& truth) {
     if (replica == embed_) return engine_.submit_embed(now, task.task, task.input_tokens);
-    const std::int64_t output_tokens = std::min(truth.at(request_of(task.task)), task.output_tokens_max);
+    const TruthOf& known = truth.at(request_of(task.task));
+    const std::int64_t output_tokens = std::min(known.output_tokens, task.output_tokens_max);
     if (output_tokens < 1 || task.input_tokens < 1)
       device_.attr("no_tokens")(request_of(task.task), task.input_tokens, output_tokens);
-    engine_.submit_llm(now, task.task, task.input_tokens, output_tokens, task.priority);
+    engine_.submit_llm(now, task.task, task.input_tokens, output_tokens, task.priority, split(known));
+  }
+  // The engine's blocks in those of the load: parts of equal blocks are equal.
+  std::vector<std::int64_t> split(const TruthOf& known) {
+    std::vector<std::int64_t> blocks;
+    if (block_size_ == 0 || !known.contents) return blocks;
+    const std::int64_t parts = known.contents->block_tokens / block_size_;
+    if (parts * block_size_ != known.contents->block_tokens || parts == 0)
+      device_.attr("uneven_blocks")(known.contents->block_tokens);
+    blocks.reserve(known.contents->blocks.size() * static_cast<std::size_t>(parts));
+    for (const std::int64_t block : known.contents->blocks)
+      for (std::int64_t part = 0; part < parts; ++part) blocks.push_back(block * parts + part);
+    return blocks;
   }
   void tell(const std::vector<Told>& from, std::vector<Event>& told) {
     for (const Told& t : from) {
@@ -74,7 +89,7 @@ class EngineDevice : public LoopDevice {
 
   py::object device_;
   Engine& engine_;
-  std::int64_t llm_, embed_;
+  std::int64_t llm_, embed_, block_size_;
 };
 
 // Any other device, behind sage_sim.loop.Outside: bytes in, bytes out.
@@ -129,8 +144,20 @@ Way way_of(std::int64_t delay, const py::object& draw) {
   return Way(delay, [draw] { return py::cast<std::vector<std::int64_t>>(draw()); });
 }
 
-Arrival arrival_of(std::int64_t at, std::string_view encoded, std::int64_t output_tokens) {
-  return {at, std::get<RequestArrived>(decode_events(encoded).at(0)), output_tokens};
+std::shared_ptr<const Contents> contents_of(const py::handle& contents) {
+  if (contents.is_none()) return nullptr;
+  return std::make_shared<const Contents>(Contents{py::cast<std::int64_t>(contents.attr("block_tokens")),
+                                                   py::cast<std::vector<std::int64_t>>(contents.attr("blocks"))});
+}
+
+Arrival arrival_of(std::int64_t at, std::string_view encoded, std::int64_t output_tokens, const py::object& contents) {
+  return {at, std::get<RequestArrived>(decode_events(encoded).at(0)), {output_tokens, contents_of(contents)}};
+}
+
+const TruthOf& known_of(const PythonLoop& self, std::int64_t request) {
+  const TruthOf* found = self.loop->truth().find(request);
+  if (!found) throw py::key_error(std::to_string(request));
+  return *found;
 }
 
 }  // namespace
@@ -157,8 +184,9 @@ void register_loop(py::module_& m) {
            })
       .def("join_engine",
            [](PythonLoop& self, std::int64_t now, std::size_t slot, const py::object& device, Engine& engine,
-              std::int64_t llm, std::int64_t embed, std::string_view joined) {
-             self.loop->join(now, slot, std::make_unique<EngineDevice>(device, engine, llm, embed), joined_of(joined));
+              std::int64_t llm, std::int64_t embed, std::int64_t block_size, std::string_view joined) {
+             self.loop->join(now, slot, std::make_unique<EngineDevice>(device, engine, llm, embed, block_size),
+                             joined_of(joined));
            })
       .def("join_python",
            [](PythonLoop& self, std::int64_t now, std::size_t slot, const py::object& device, std::string_view joined) {
@@ -171,8 +199,15 @@ void register_loop(py::module_& m) {
            [](PythonLoop& self, const std::vector<std::string>& pipelines, const std::vector<std::string>& tenants,
               std::int64_t first, const Column& at, const Column& pipeline, const Column& kind, const Column& tenant,
               const Column& priority, const Column& input_tokens, const Column& output_tokens_max,
-              const Column& ttft_due_at, const Column& due_at, const Column& prefix, const Column& output_tokens) {
+              const Column& ttft_due_at, const Column& due_at, const Column& prefix, const Column& output_tokens,
+              const py::object& contents) {
              std::vector<Label> pipeline_labels, tenant_labels;
+             std::unordered_map<PyObject*, std::shared_ptr<const Contents>> known;  // one object, one copy
+             const auto shared_of = [&known](const py::object& each) {
+               auto& shared = known[each.ptr()];
+               if (!shared) shared = contents_of(each);
+               return shared;
+             };
              for (const std::string& name : pipelines) pipeline_labels.push_back(label(name));
              for (const std::string& name : tenants) tenant_labels.push_back(label(name));
              for (py::ssize_t i = 0; i < at.size(); ++i)
@@ -181,16 +216,17 @@ void register_loop(py::module_& m) {
                     {first + i, pipeline_labels.at(static_cast<std::size_t>(pipeline.at(i))), kind.at(i),
                      tenant_labels.at(static_cast<std::size_t>(tenant.at(i))), priority.at(i), input_tokens.at(i),
                      output_tokens_max.at(i), at.at(i), ttft_due_at.at(i), due_at.at(i), prefix.at(i)},
-                    output_tokens.at(i)});
+                    {output_tokens.at(i), contents.is_none() ? nullptr : shared_of(contents[py::int_(i)])}});
            })
-      .def("feed_one", [](PythonLoop& self, std::int64_t at, std::string_view request,
-                          std::int64_t output_tokens) { self.loop->feed(arrival_of(at, request, output_tokens)); })
+      .def("feed_one",
+           [](PythonLoop& self, std::int64_t at, std::string_view request, std::int64_t output_tokens,
+              const py::object& contents) { self.loop->feed(arrival_of(at, request, output_tokens, contents)); })
       .def("begin_arrivals", [](PythonLoop& self) { self.loop->begin_arrivals(); })
       .def("end_arrivals", [](PythonLoop& self) { self.loop->end_arrivals(); })
-      .def("arrive",
-           [](PythonLoop& self, std::int64_t now, std::string_view request, std::int64_t output_tokens) {
-             self.loop->arrive(now, arrival_of(now, request, output_tokens));
-           })
+      .def(
+          "arrive",
+          [](PythonLoop& self, std::int64_t now, std::string_view request, std::int64_t output_tokens,
+             const py::object& contents) { self.loop->arrive(now, arrival_of(now, request, output_tokens, contents)); })
       .def("expect", [](PythonLoop& self, std::int64_t more) { self.loop->expect(more); })
       .def("on_ended",
            [](PythonLoop& self, py::object call) {
@@ -204,10 +240,12 @@ void register_loop(py::module_& m) {
       .def("step", [](PythonLoop& self, std::int64_t now,
                       std::string_view events) { self.loop->step(now, decode_events(events)); })
       .def("output_tokens",
+           [](const PythonLoop& self, std::int64_t request) { return known_of(self, request).output_tokens; })
+      .def("contents",
            [](const PythonLoop& self, std::int64_t request) {
-             const std::int64_t* found = self.loop->truth().find(request);
-             if (!found) throw py::key_error(std::to_string(request));
-             return *found;
+             const auto& contents = known_of(self, request).contents;
+             return contents ? std::make_pair(contents->block_tokens, contents->blocks)
+                             : std::make_pair(std::int64_t{0}, std::vector<std::int64_t>());
            })
       .def_property_readonly("now", [](const PythonLoop& self) { return self.loop->now(); })
       .def_property_readonly("next_at", [](const PythonLoop& self) { return self.loop->next_at(); })

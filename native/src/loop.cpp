@@ -181,7 +181,7 @@ void Loop::arrive(std::int64_t now, const Arrival& arrival) {
 }
 
 void Loop::arrived(const Arrival& arrival) {
-  truth_[arrival.request.request] = arrival.output_tokens;
+  truth_[arrival.request.request] = arrival.truth;
   post(arrival.request);
 }
 

@@ -26,7 +26,7 @@ from sage_bench.config import override_hint
 from sage_bench.results.writer import output_error
 from sage_bench.run import RunResult, run
 from sage_core.errors import ConfigError, SageError
-from sage_core.plane import ControlPlane
+from sage_core.native_plane import Plane
 
 CONTEXT: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -62,7 +62,7 @@ def _job(composed: DictConfig) -> None:
     overrides: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
     with console.status("composing") as status:
 
-        def tick(now: int, plane: ControlPlane) -> None:
+        def tick(now: int, plane: Plane) -> None:
             counts = plane.counts
             status.update(f"{now / 1e9:,.0f} s simulated, {counts.arrived:,} requests, {plane.live:,} live")
 

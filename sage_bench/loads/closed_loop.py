@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sage_bench.loads.check import number, shares, whole
-from sage_bench.loads.mix import Batch, Drawn, Limits, Mix, before, pick
+from sage_bench.loads.mix import Batch, Drawn, Limits, Mix, before, empty_batch, pick
 from sage_bench.loads.open_loop import check_drawable, files_of
 from sage_bench.loads.request_class import RequestClass
 from sage_core.errors import ConfigError, IllegalEvent
@@ -148,7 +148,7 @@ class ClosedLoop:
         at = now + (int(state.batch.at[row]) if state.asked else 0)
         if self.limits.until is not None and at >= self.limits.until:
             return None
-        one = Batch(*(column[row : row + 1] for column in state.batch))._replace(at=np.array([at], np.int64))
+        one = Batch._make(column[row : row + 1] for column in state.batch)._replace(at=np.array([at], np.int64))
         arrival = next(self.mix.issue(one, self._issued))
         self._waiting[self._issued] = user
         self._issued += 1
@@ -160,7 +160,7 @@ class ClosedLoop:
         u = dict(zip(QUANTITIES, state.rng.random((AHEAD, len(QUANTITIES))).T, strict=True))
         think_ns = np.rint(self.think.spans_s(u["think"]) * SECOND).astype(np.int64)
         cls = pick(self._class_before, u["class"])
-        batch = Batch(think_ns, cls, np.empty(AHEAD, np.int64), *(np.zeros(AHEAD, np.int64) for _ in range(3)))
+        batch = empty_batch(think_ns, cls)
         for c in np.unique(cls).tolist():
             rows = np.flatnonzero(cls == c)
             drawn: Drawn = self.mix.draw(c, lambda quantity, rows=rows: u[quantity][rows])  # type: ignore[misc]

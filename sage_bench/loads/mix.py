@@ -17,9 +17,14 @@ from sage_bench.loads.lengths import Uniforms
 from sage_bench.loads.request_class import RequestClass
 from sage_core.errors import ConfigError
 from sage_core.events import RequestArrived
-from sage_core.load import Arrival, Arrivals
+from sage_core.load import Arrival, Arrivals, Contents
 from sage_core.slo import SloTable
 from sage_core.units import NEVER, SECONDS_MAX, RequestKind, seconds
+
+BLOCK_TOKENS = 16
+"""Tokens of the blocks in which a class states its shared prefixes: what vLLM caches by default."""
+
+_BLOCKS_MAX = 1 << 31  # of one prefix
 
 
 class Batch(NamedTuple):
@@ -31,14 +36,15 @@ class Batch(NamedTuple):
     input_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]  # the truth: stays on the backends' side of the oracle boundary
     prefix: NDArray[np.int64]
+    contents: NDArray[np.object_]  # Contents or None: as output_tokens, for backends only
 
     def head(self, n: int) -> Batch:
         """The first ``n`` rows."""
-        return Batch(*(column[:n] for column in self))
+        return Batch._make(column[:n] for column in self)
 
     def tail(self, n: int) -> Batch:
         """All rows but the first ``n``."""
-        return Batch(*(column[n:] for column in self))
+        return Batch._make(column[n:] for column in self)
 
 
 class Drawn(NamedTuple):
@@ -48,6 +54,14 @@ class Drawn(NamedTuple):
     input_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     prefix: NDArray[np.int64]
+    contents: NDArray[np.object_]
+
+
+def empty_batch(at: NDArray[np.int64], cls: NDArray[np.int64]) -> Batch:
+    """Requests of classes ``cls`` (n,) at ``at`` (n,), with everything else 0 or None."""
+    n = len(at)
+    zeros = [np.zeros(n, np.int64) for _ in range(4)]
+    return Batch._make([at, cls, *zeros, np.full(n, None, np.object_)])
 
 
 class Mix:
@@ -82,6 +96,7 @@ class Mix:
         ]
         weights = [1.0 / np.arange(1, c.prefixes + 1) for c in self.classes]
         self._prefix_before = [before(weight / weight.sum()) if len(weight) else None for weight in weights]
+        self._shared: dict[tuple[int, int], Contents | None] = {}  # by prefix and number of blocks
         self._prefix_first = 1 + np.cumsum([0] + [c.prefixes for c in self.classes])
 
     def tenants(self, c: int, u: Uniforms) -> NDArray[np.int64]:
@@ -107,7 +122,20 @@ class Mix:
             length_out = np.minimum(of.output_tokens.tokens(uniforms("output_tokens")), self._cap[c])
         tenant = self.tenants(c, uniforms("tenant") if len(of.tenants) > 1 else np.zeros(n))
         prefix = self.prefixes(c, uniforms("prefix") if of.prefixes else np.zeros(n))
-        return Drawn(tenant, length_in, length_out, prefix)
+        return Drawn(tenant, length_in, length_out, prefix, self._contents(of.prefix_tokens, prefix, length_in))
+
+    def _contents(
+        self, prefix_tokens: int, prefix: NDArray[np.int64], length_in: NDArray[np.int64]
+    ) -> NDArray[np.object_]:
+        contents = np.full(len(prefix), None, np.object_)
+        if prefix_tokens:
+            blocks = np.minimum(length_in, prefix_tokens) // BLOCK_TOKENS
+            for row, key in enumerate(zip(prefix.tolist(), blocks.tolist(), strict=True)):
+                if key not in self._shared:
+                    first, n = key[0] * _BLOCKS_MAX, key[1]
+                    self._shared[key] = Contents(BLOCK_TOKENS, tuple(range(first, first + n))) if n else None
+                contents[row] = self._shared[key]
+        return contents
 
     def issue(self, batch: Batch, first_id: int) -> Iterator[Arrival]:
         """The rows of ``batch`` as arrivals numbered from ``first_id``."""
@@ -127,7 +155,7 @@ class Mix:
             c.due_at.tolist(),
             c.prefix.tolist(),
         )
-        return map(Arrival, at, requests, c.output_tokens.tolist())
+        return map(Arrival, at, requests, c.output_tokens.tolist(), batch.contents.tolist())
 
     def columns(self, batch: Batch, first_id: int) -> Arrivals:
         """The rows of ``batch`` as columns, numbered from ``first_id``."""
@@ -146,6 +174,7 @@ class Mix:
             _after(batch.at, self._due_span[batch.cls]),
             batch.prefix,
             batch.output_tokens,
+            batch.contents.tolist() if batch.contents.any() else None,
         )
 
 
@@ -220,7 +249,7 @@ def sorted_batch(parts: Sequence[Batch]) -> Batch:
         return parts[0]
     at = np.concatenate([part.at for part in parts])
     order = np.argsort(at, kind="stable")
-    return Batch(*(np.concatenate(columns)[order] for columns in zip(*parts, strict=True)))
+    return Batch._make(np.concatenate(columns)[order] for columns in zip(*parts, strict=True))
 
 
 def before(shares: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:

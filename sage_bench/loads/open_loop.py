@@ -15,7 +15,19 @@ from numpy.typing import NDArray
 from sage_bench.loads.arrivals import ArrivalProcess, Instants, Poisson
 from sage_bench.loads.check import number, shares
 from sage_bench.loads.lengths import Uniforms
-from sage_bench.loads.mix import Batch, Limits, Mix, before, generates, in_columns, issued, limited, merged, pick
+from sage_bench.loads.mix import (
+    Batch,
+    Limits,
+    Mix,
+    before,
+    empty_batch,
+    generates,
+    in_columns,
+    issued,
+    limited,
+    merged,
+    pick,
+)
 from sage_bench.loads.request_class import RequestClass
 from sage_core.errors import ConfigError
 from sage_core.load import Arrival, Arrivals
@@ -100,8 +112,7 @@ class ClassStreams:
 
     def filled(self, at: Instants, cls: NDArray[np.int64]) -> Batch:
         """Requests of classes ``cls`` (n,) at instants ``at`` (n,)."""
-        n = len(at)
-        batch = Batch(at, cls, np.empty(n, np.int64), *(np.zeros(n, np.int64) for _ in range(3)))
+        batch = empty_batch(at, cls)
         for c in np.unique(cls).tolist():
             rows = np.flatnonzero(cls == c)
             for column, values in zip(batch[2:], self._mix.draw(c, self.uniforms(c, len(rows))), strict=True):

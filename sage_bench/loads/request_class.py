@@ -22,7 +22,8 @@ class RequestClass:
     pipeline: defaults to chat, generate or embed by kind. input_tokens, output_tokens: length distributions (a trace
     brings its own). output_tokens_max: the client's cap on output, the only bound that a policy may know; it is one
     number for the class, and it cuts the drawn length, as an engine would. prefixes: how many shared prompt prefixes
-    the class uses, the k-th most popular one with weight 1/k; 0 for none. arrivals: a process of its own, at its share
+    the class uses, the k-th most popular one with weight 1/k; 0 for none. prefix_tokens: how long each is, so that an
+    engine with a prefix cache computes it once; a shorter prompt is all prefix. arrivals: a process of its own, at its share
     of the load's rate; otherwise it takes its share of the load's common process.
     """
 
@@ -37,6 +38,7 @@ class RequestClass:
         output_tokens: Lengths | None = None,
         output_tokens_max: int | None = None,
         prefixes: int = 0,
+        prefix_tokens: int = 0,
         arrivals: ArrivalProcess | None = None,
     ) -> None:
         if kind not in SloTable.KINDS:
@@ -54,6 +56,9 @@ class RequestClass:
             else whole("load.classes.output_tokens_max", output_tokens_max, 1, TOKENS_MAX)
         )
         self.prefixes = whole("load.classes.prefixes", prefixes, 0)
+        self.prefix_tokens = whole("load.classes.prefix_tokens", prefix_tokens, 0, TOKENS_MAX)
+        if self.prefix_tokens and not self.prefixes:
+            raise ConfigError("load.classes.prefix_tokens: prefixes of no class; set load.classes.<name>.prefixes too")
         self.arrivals = arrivals
         if self.kind is RequestKind.EMBEDDING and (output_tokens is not None or output_tokens_max is not None):
             raise ConfigError(

@@ -145,7 +145,13 @@ class TraceLoad:
             at = np.rint((kept.arrival_s - origin_s) * (SECOND / self.rate_scale)).astype(np.int64)
             n = len(at)
             batch = Batch(
-                at, np.zeros(n, np.int64), np.empty(n, np.int64), kept.prompt_tokens, kept.output_tokens, kept.prefix
+                at,
+                np.zeros(n, np.int64),
+                np.empty(n, np.int64),
+                kept.prompt_tokens,
+                kept.output_tokens,
+                kept.prefix,
+                kept.contents,
             )
             for kind, (candidates, start) in self._classes_of.items():
                 of_kind = np.flatnonzero(kept.kind == kind)

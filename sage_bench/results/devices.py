@@ -21,7 +21,7 @@ def usage_fact(usage: ReplicaUsage | None) -> UsageFact | None:
     """What a simulated engine says of itself; None stays None."""
     if usage is None:
         return None
-    return UsageFact(usage.busy_ns, usage.iterations, usage.preemptions, getattr(usage, "prefill_ns", None))
+    return UsageFact(usage.busy_ns, usage.iterations, usage.preemptions, usage.prefill_busy_ns)
 
 
 def _device(number: int, group: DeviceConfig, profiles: Mapping[str, Profile]) -> DeviceFact:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from sage_bench.traces.schema import KINDS, REQUIRED
 from sage_core.errors import ConfigError, DataError
+from sage_core.load import Contents
 
 BATCH_ROWS = 65_536
 ARRIVAL_S_MAX = 9.0e9  # int64 nanoseconds end at 292 years
@@ -34,6 +35,7 @@ class Rows(NamedTuple):
     output_tokens: NDArray[np.int64]
     kind: NDArray[np.int64]  # index into schema.KINDS
     prefix: NDArray[np.int64]  # first prefix block + 1; 0 = none, or not asked for
+    contents: NDArray[np.object_]  # Contents; None where no blocks are stated, or not asked for
 
     def between(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of these."""
@@ -44,6 +46,7 @@ class Rows(NamedTuple):
             self.output_tokens[start:stop],
             self.kind[start:stop],
             self.prefix[start:stop],
+            self.contents[start:stop],
         )
 
 
@@ -88,11 +91,13 @@ class Trace:
             key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key != b"pandas"
         }
         self._has_prefix = "hash_ids" in schema.names and pa.types.is_list(schema.field("hash_ids").type)
+        # Without a stated length the blocks are of various lengths: only the first one says something.
+        self._block_tokens = self._stated_block_tokens() if self._has_prefix else 0
 
     def rows(self, window_s: tuple[float, float] | None = None, *, prefix: bool = False) -> Iterator[Rows]:
         """Checked rows in order, optionally those with ``window_s[0] <= arrival_s < window_s[1]``.
 
-        prefix: fill the column ``prefix`` from ``hash_ids``.
+        prefix: fill the columns ``prefix`` and ``contents`` from ``hash_ids``.
         Raises DataError at the first broken row. Rows after the window are not read.
         """
         columns = [*REQUIRED, *(["hash_ids"] if prefix and self._has_prefix else [])]
@@ -182,7 +187,23 @@ class Trace:
         if "hash_ids" in batch.schema.names:
             prefix = _first_blocks(batch.column("hash_ids")) + 1
             self._require(prefix >= 0, first, "hash_ids", prefix - 1, "block ids of at least 0")
-        return Rows(first, arrival_s, prompt, output, kinds, prefix)
+        contents = np.full(len(arrival_s), None, np.object_)
+        if "hash_ids" in batch.schema.names and self._block_tokens:
+            self._fill_contents(contents, batch.column("hash_ids"), prompt, first)
+        return Rows(first, arrival_s, prompt, output, kinds, prefix, contents)
+
+    def _stated_block_tokens(self) -> int:
+        stated = self.metadata.get("hash_block_tokens", "")
+        return int(stated) if stated.isdigit() else 0
+
+    def _fill_contents(self, contents: NDArray[np.object_], lists: Any, prompt: NDArray[np.int64], first: int) -> None:
+        tokens = self._block_tokens
+        for at, ids in enumerate(lists.to_pylist()):
+            if ids:
+                if min(ids) < 0:
+                    self._broken(first + at, "hash_ids", min(ids), "block ids of at least 0")
+                # The last block may be a part of one, and a part is not cached.
+                contents[at] = Contents(tokens, tuple(ids[: int(prompt[at]) // tokens]))
 
     def _require(self, fits: NDArray[np.bool_], first: int, column: str, values: Any, expected: str) -> None:
         if not fits.all():

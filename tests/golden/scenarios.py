@@ -27,15 +27,15 @@ from sage_sim.network import NetworkConfig
 TRACES = Path(__file__).parent / "traces"
 
 LLM_TIME = IterationTime(
-    decode_base=8_000_000_000,
-    decode_seq=200_000_000,
-    decode_kv=50_000,
-    prefill_floor=9_000_000_000,
-    prefill_base=2_000_000_000,
-    prefill_token=40_000_000,
-    prefill_attn=2_000,
+    token_knots=(1, 150, 300),
+    token_ps=(8_000_000_000, 8_000_000_000, 14_000_000_000),
+    attention_seqs=(0, 1),
+    attention_context=(0, 1),
+    decode_ps=(0, 0, 200_000_000, 200_050_000),
+    mixed_ps=(0, 0, 200_000_000, 200_050_000),
+    prefill_pair=2_000,
 )
-EMBED_TIME = IterationTime(prefill_floor=2_000_000_000, prefill_base=1_000_000_000, prefill_token=15_000_000)
+EMBED_TIME = IterationTime(token_knots=(1, 67, 134), token_ps=(2_005_000_000, 2_005_000_000, 3_010_000_000))
 
 INGREDIENTS = (
     "laxity",

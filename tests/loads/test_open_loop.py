@@ -26,7 +26,7 @@ from sage_bench.loads import (
     Uniform,
 )
 from sage_bench.loads import arrivals as arrivals_module
-from sage_bench.loads.mix import Batch, merged
+from sage_bench.loads.mix import Batch, empty_batch, merged
 from sage_core.errors import ConfigError
 from sage_core.load import Arrival
 from sage_core.rng import Streams
@@ -250,8 +250,7 @@ def test_merging_loses_nothing_and_keeps_order(flows: list[list[list[int]]]) -> 
         ordered = sorted(at for chunk in chunks for at in chunk)
         for chunk in chunks:
             at = np.array([ordered.pop(0) for _ in chunk], np.int64)
-            zeros = np.zeros(len(at), np.int64)
-            yield Batch(at, np.full(len(at), c, np.int64), np.full(len(at), "t", object), zeros, zeros, zeros)
+            yield empty_batch(at, np.full(len(at), c, np.int64))
 
     rows = [
         row

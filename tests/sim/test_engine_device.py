@@ -14,17 +14,20 @@ from sage_core.units import NEVER, Nanos, PoolKind, task_id
 from sage_sim.engine import EmbedReplica, LlmReplica, ReplicaUsage, SimulatedDevice
 from sage_sim.iteration import IterationTime, IterationWork
 
+# A prefill of up to 200 tokens takes 8 us, a decode iteration 6 us, 20 ns a sequence and 50 ps a token of context.
 LLM_TIME = IterationTime(
-    decode_base=10_000_000,
-    decode_seq=20_000,
-    decode_kv=50,
-    prefill_floor=8_000_000,
-    prefill_base=2_000_000,
-    prefill_token=30_000,
-    prefill_attn=2,
+    token_knots=(1,),
+    token_ps=(6_000_000,),
+    attention_seqs=(0, 1),
+    attention_context=(0, 1),
+    decode_ps=(0, 0, 20_000, 20_050),
+    mixed_ps=(0, 0, 20_000, 20_050),
+    prefill_knots=(1, 200, 400),
+    prefill_ps=(2_000_000, 2_000_000, 8_000_000),
+    prefill_pair=0,
     overhead=100_000,
 )
-EMBED_TIME = IterationTime(prefill_floor=500_000, prefill_token=3_000)
+EMBED_TIME = IterationTime(token_knots=(1, 167, 334), token_ps=(500_000, 500_000, 1_000_000))
 LLM = LlmReplica(4, "llm", LLM_TIME, max_num_seqs=8, max_num_batched_tokens=512, block_size=16, kv_blocks=100)
 EMBED = EmbedReplica(5, "embed", EMBED_TIME, max_batch_tasks=4, max_batch_tokens=1_024)
 
@@ -51,8 +54,8 @@ def test_both_kinds_of_task(reference: bool) -> None:
     simulated = device(reference=reference)
     assert simulated.wakeup_at == NEVER
     assert simulated.step(Nanos(0), [Dispatch(4, (task(1),)), Dispatch(5, (task(2), task(3)))]) == []
-    # A prefill of 32 tokens on the floor and the overhead; an embedding batch on its floor; four decodes.
-    context = sum(10_000_000 + 100_000 + 20_000 + 50 * tokens for tokens in (32, 33, 34, 35))
+    # A prefill of 32 tokens with the overhead; an embedding batch of 64; four decodes.
+    context = sum(6_000_000 + 100_000 + 20_000 + 50 * tokens for tokens in (32, 33, 34, 35))
     end = -(-(8_100_000 + 500_000 + context) // 1_000)
     assert drained(simulated) == [
         (8_100, TokensProduced(task_id(1, 0), 1)),
@@ -110,9 +113,10 @@ def test_joined_hints_follow_the_law() -> None:
         "node0",
     )
     assert (first.tasks_max, first.batch_tokens_max, first.kv_tokens_max) == (8, 512, 1_600)
-    alone_ns = LLM_TIME.iteration_ps(IterationWork(prefill_tokens=512, attention2=512**2)) / 1000
+    alone_ns = LLM_TIME.iteration_ps(IterationWork(chunks=1, prefill_tokens=512, attention2=512**2)) / 1000
     assert first.fixed_ns + first.input_token_ns * 512 == pytest.approx(alone_ns + 1_000)
-    assert first.output_token_ns + 7 * first.output_seq_ns == LLM_TIME.iteration_ps(IterationWork(7, 7 * 576)) / 1000
+    seven_ns = LLM_TIME.iteration_ps(IterationWork(7, 7 * 576)) / 1000
+    assert first.output_token_ns + 7 * first.output_seq_ns == pytest.approx(seven_ns)
     assert (second.replica, second.pool_kind, second.kv_tokens_max) == (5, PoolKind.EMBEDDING, 0)
     assert second.fixed_ns + second.input_token_ns * 512 == pytest.approx(EMBED_TIME.batch_ps(512, 512**2) / 1000)
 

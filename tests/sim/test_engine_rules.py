@@ -11,25 +11,27 @@ from sage_core import _native
 from sage_core.errors import IllegalEvent
 from sage_core.units import NEVER
 from sage_sim import engine_reference
+from sage_sim.engine import LlmReplica
 from sage_sim.engine_reference import FAILED, FINISHED, FIRST_TOKEN
+from sage_sim.iteration import IterationTime, Numbers
 
-Numbers = dict[str, int]
 Make = Callable[[Numbers | None, Numbers | None], Any]
 
-# Picoseconds. A prefill line below 500 ns is on the floor; decodes beside a prefill count twice.
-LAW: Numbers = {
-    "decode_base": 1_000_000,
-    "decode_seq": 10_000,
-    "decode_kv": 100,
-    "prefill_floor": 500_000,
-    "prefill_base": 200_000,
-    "prefill_token": 20_000,
-    "prefill_attn": 10,
-    "mixed_permille": 2_000,
-    "overhead": 5_000,
-}
+# Picoseconds: 200 ns and 20 ns a token, 10 ns a sequence, 100 ps a token of context, twice that beside a prefill.
+LAW: Numbers = IterationTime(
+    token_knots=(0, 1),
+    token_ps=(200_000, 220_000),
+    head_knots=(0, 1),
+    head_ps=(0, 10_000),
+    attention_seqs=(0, 1),
+    attention_context=(0, 1),
+    decode_ps=(0, 0, 0, 100),
+    mixed_ps=(0, 0, 0, 200),
+    prefill_pair=10,
+    overhead=5_000,
+).numbers()
 # A prefill iteration takes 2 us and a decode iteration 1 us, whatever is in it.
-FLAT: Numbers = dict.fromkeys(LAW, 0) | {"decode_base": 1_000_000, "prefill_floor": 2_000_000}
+FLAT: Numbers = IterationTime(token_ps=(1_000_000,), prefill_ps=(1_000_000,)).numbers()
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -38,17 +40,10 @@ def make(request: pytest.FixtureRequest) -> Make:
 
 
 def llm(law: Numbers, **changes: int) -> Numbers:
-    engine = {
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 256,
-        "block_size": 4,
-        "kv_blocks": 1_000,
-        "chunked_prefill": 1,
-        "priority_queue": 0,
-        "ingress_ns": 0,
-        "egress_ns": 0,
-    }
-    return law | engine | changes
+    engine = LlmReplica(
+        1, "llm", IterationTime(), max_num_seqs=8, max_num_batched_tokens=256, block_size=4, kv_blocks=1_000
+    )
+    return engine.numbers() | law | changes
 
 
 def embed(law: Numbers, **changes: int) -> Numbers:
@@ -69,43 +64,43 @@ def drained(engine: Any) -> list[tuple[int, int, int]]:
 def test_prefill_then_decode(make: Make) -> None:
     engine = make(llm(LAW), None)
     engine.submit_llm(0, 7, 10, 3, 0)
-    assert engine.wakeup_at == 505  # the floor and the overhead
-    assert engine.advance(505) == [(FIRST_TOKEN, 7, 1)]
-    # Contexts of 10 and 11: 1,016,000 and 1,016,100 ps more, told at the next whole nanosecond.
-    assert engine.wakeup_at == 2_538
-    assert engine.advance(2_538) == [(FINISHED, 7, 3)]
+    assert engine.wakeup_at == 416  # 415,500 ps
+    assert engine.advance(416) == [(FIRST_TOKEN, 7, 1)]
+    # Contexts of 10 and 11: 236,000 and 236,100 ps more, told at the next whole nanosecond.
+    assert engine.wakeup_at == 888
+    assert engine.advance(888) == [(FINISHED, 7, 3)]
     assert engine.wakeup_at == NEVER
-    assert (engine.iterations, engine.itl_count, engine.itl_sum_ns, engine.busy_ns) == (3, 2, 2_032, 2_537)
+    assert (engine.iterations, engine.itl_count, engine.itl_sum_ns, engine.busy_ns) == (3, 2, 472, 887)
     ((edge, gaps),) = engine.itl_samples().items()
     assert gaps == 2
-    assert edge <= 1_016 < edge + edge // 100
+    assert edge <= 236 < edge + edge // 100
 
 
 def test_one_token_is_first_and_last(make: Make) -> None:
     engine = make(llm(LAW), None)
     engine.submit_llm(1_000, 1, 10, 1, 0)
-    assert drained(engine) == [(1_505, FIRST_TOKEN, 1), (1_505, FINISHED, 1)]
+    assert drained(engine) == [(1_416, FIRST_TOKEN, 1), (1_416, FINISHED, 1)]
 
 
 def test_long_prompts_are_chunked(make: Make) -> None:
     engine = make(llm(LAW, max_num_batched_tokens=40), None)
     engine.submit_llm(0, 1, 100, 1, 0)
-    # 40, 40 and 20 tokens on contexts of 0, 40 and 80: 1,013,000 + 1,029,000 + 623,000 ps; woken once, at the end.
-    assert engine.wakeup_at == 2_665
-    assert drained(engine) == [(2_665, FIRST_TOKEN, 1), (2_665, FINISHED, 1)]
+    # 40, 40 and 20 tokens on contexts of 0, 40 and 80: 1,023,000 + 1,039,000 + 633,000 ps; woken once, at the end.
+    assert engine.wakeup_at == 2_695
+    assert drained(engine) == [(2_695, FIRST_TOKEN, 1), (2_695, FINISHED, 1)]
     assert engine.iterations == 3
 
 
 def test_mixed_iteration(make: Make) -> None:
     engine = make(llm(LAW), None)
     engine.submit_llm(0, 1, 50, 2, 0)
-    engine.submit_llm(1_000, 2, 60, 1, 0)  # during the first prefill, which takes 1,217,500 ps
-    # Then 60 new tokens, 1,418,000 ps, beside one decode on a context of 50, 15,000 ps counted twice; overhead 5,000.
+    engine.submit_llm(1_000, 2, 60, 1, 0)  # during the first prefill, which takes 1,227,500 ps
+    # Then 61 tokens, 1,420,000 ps; two sequences, 20,000; the pairs, 18,000; a context of 50, 10,000; overhead 5,000.
     assert drained(engine) == [
-        (1_218, FIRST_TOKEN, 1),
-        (2_671, FINISHED, 1),
-        (2_671, FIRST_TOKEN, 2),
-        (2_671, FINISHED, 2),
+        (1_228, FIRST_TOKEN, 1),
+        (2_701, FINISHED, 1),
+        (2_701, FIRST_TOKEN, 2),
+        (2_701, FINISHED, 2),
     ]
 
 
@@ -229,15 +224,11 @@ def test_cancelling_the_head_lets_the_next_one_in(make: Make) -> None:
 
 def test_without_chunking_prompts_are_whole(make: Make) -> None:
     engine = make(llm(FLAT, max_num_batched_tokens=16, chunked_prefill=0), None)
-    for task, tokens in ((1, 20), (2, 10), (3, 10), (4, 6)):
+    for task, tokens in ((1, 16), (2, 10), (3, 10), (4, 6)):
         engine.submit_llm(0, task, tokens, 1, 0)
-    # 20 alone, over the budget; 10, and the next 10 do not fit beside it; 10 and 6.
-    assert [(at, task) for at, code, task in drained(engine) if code == FINISHED] == [
-        (2_000, 1),
-        (4_000, 2),
-        (6_000, 3),
-        (6_000, 4),
-    ]
+    # A sequence of 17 tokens could not be prefilled again; 10, and the next 10 do not fit beside it; 10 and 6.
+    assert engine.advance(0) == [(FAILED, 1, -17)]
+    assert [(at, task) for at, code, task in drained(engine) if code == FINISHED] == [(2_000, 2), (4_000, 3), (4_000, 4)]
 
 
 def test_what_can_never_fit_fails_at_once(make: Make) -> None:
@@ -260,7 +251,7 @@ def test_ingress_and_egress(make: Make) -> None:
 
 
 def test_cancel_lets_the_iteration_in_progress_end(make: Make) -> None:
-    law = FLAT | {"decode_seq": 100_000}
+    law = FLAT | {"attention_seqs": (0, 1), "decode_ps": (0, 100_000), "mixed_ps": (0, 100_000)}
     engine = make(llm(law), None)
     engine.submit_llm(0, 1, 4, 11, 0)
     engine.submit_llm(0, 2, 4, 50, 0)
@@ -291,7 +282,7 @@ def test_cancel_takes_back_what_was_not_told(make: Make) -> None:
 
 
 def test_embedding_batches(make: Make) -> None:
-    law = FLAT | {"prefill_floor": 0, "prefill_token": 1_000}  # a nanosecond per token
+    law = IterationTime(token_knots=(1, 2), token_ps=(1_000, 2_000)).numbers()  # a nanosecond per token
     sizes = ((1, 10), (2, 30), (3, 20), (4, 90), (5, 200), (6, 1), (7, 1), (8, 1), (9, 1), (10, 1))
     for padding, instants in (
         (0, [60] * 3 + [150] + [350] + [354] * 4 + [355]),
@@ -305,7 +296,7 @@ def test_embedding_batches(make: Make) -> None:
 
 
 def test_engines_on_one_device_take_turns(make: Make) -> None:
-    engine = make(llm(FLAT), embed(FLAT | {"prefill_floor": 3_000_000}, max_batch_tasks=1))
+    engine = make(llm(FLAT), embed(FLAT | {"prefill_ps": (2_000_000,)}, max_batch_tasks=1))
     engine.submit_llm(0, 1, 4, 4, 0)
     for task in (11, 12):
         engine.submit_embed(500, task, 5)
@@ -352,3 +343,250 @@ def test_all_is_over_at_the_end_of_time(make: Make) -> None:
     for task in range(20):
         engine.submit_llm(task, task, 100, 50, 0)
     assert sum(code == FINISHED for code, _, _ in engine.advance(NEVER)) == 20
+
+
+# --- what vLLM 0.19 does besides -------------------------------------------------------------------------------------
+
+
+def finished(engine: Any) -> list[tuple[int, int]]:
+    """(instant, task) of everything that will end."""
+    return [(at, task) for at, code, task in drained(engine) if code == FINISHED]
+
+
+def test_a_sequence_that_preempts_itself_ends_the_pass(make: Make) -> None:
+    # Both decode from 6,000 on; 11 blocks of 1 token. At the third decode one block is free. Task 1, the less urgent, is
+    # first in running order, takes it, and gives it back with its others when task 2 needs one: no iteration is lost.
+    engine = make(llm(FLAT, kv_blocks=11, block_size=1, priority_queue=1), None)
+    engine.submit_llm(0, 1, 4, 8, 1)
+    engine.submit_llm(0, 2, 2, 8, 0)
+    engine.advance(3_000)
+    assert (engine.running, engine.kv_blocks_free) == (2, 5)
+    engine.advance(5_500)
+    assert (engine.running, engine.preemptions, engine.kv_blocks_free) == (1, 1, 5)
+    assert finished(engine) == [(9_000, 2), (15_000, 1)]
+    # The other way round there is no block left for task 1, which preempts itself: task 2 behind it misses the pass.
+    engine = make(llm(FLAT, kv_blocks=10, block_size=1, priority_queue=1), None)
+    engine.submit_llm(0, 1, 4, 7, 1)
+    engine.submit_llm(0, 2, 2, 7, 0)
+    engine.advance(5_500)
+    assert (engine.iterations, engine.running, engine.preemptions) == (3, 2, 0)
+
+
+def test_a_prompt_needs_room_for_all_of_it(make: Make) -> None:
+    def waits(reserve: int) -> int:
+        engine = make(llm(FLAT, kv_blocks=10, max_num_batched_tokens=8, scheduler_reserve_full_isl=reserve), None)
+        engine.submit_llm(0, 1, 8, 9, 0)  # takes 4 blocks in the end
+        engine.submit_llm(0, 2, 36, 1, 0)  # 9 blocks, in chunks of 2 blocks
+        engine.advance(4_500)
+        return int(engine.waiting)
+
+    assert waits(1) == 1
+    assert waits(0) == 0
+
+
+def test_a_long_prompt_leaves_budget_to_others(make: Make) -> None:
+    engine = make(llm(FLAT, max_num_batched_tokens=20, long_prefill_token_threshold=8), None)
+    engine.submit_llm(0, 1, 24, 1, 0)  # 8 tokens an iteration
+    engine.submit_llm(0, 2, 12, 1, 0)  # 8 and 4
+    engine.submit_llm(0, 3, 4, 1, 0)  # 4 tokens of budget are left in the first
+    assert finished(engine) == [(2_000, 3), (4_000, 2), (6_000, 1)]
+    engine = make(llm(FLAT, max_num_batched_tokens=20, long_prefill_token_threshold=8, max_num_partial_prefills=1), None)
+    for task, tokens in ((1, 24), (2, 12), (3, 4)):
+        engine.submit_llm(0, task, tokens, 1, 0)
+    # Only one prompt may be incomplete: task 2, in two parts, begins with the last of task 1; task 3 is behind it.
+    assert finished(engine) == [(6_000, 1), (8_000, 2), (8_000, 3)]
+
+
+def test_the_watermark_stays_free_while_anything_else_is_scheduled(make: Make) -> None:
+    engine = make(llm(FLAT, kv_blocks=10, watermark_blocks=3), None)
+    engine.submit_llm(0, 1, 36, 1, 0)  # 9 of 10 blocks, alone
+    engine.submit_llm(0, 2, 20, 1, 0)  # 5 blocks
+    engine.submit_llm(0, 3, 12, 1, 0)  # 3 blocks would leave 2
+    assert finished(engine) == [(2_000, 1), (4_000, 2), (6_000, 3)]
+
+
+def test_a_sequence_has_a_longest_length(make: Make) -> None:
+    engine = make(llm(FLAT, max_model_len=20), None)
+    engine.submit_llm(0, 1, 10, 10, 0)
+    engine.submit_llm(0, 2, 10, 11, 0)
+    assert engine.advance(0) == [(FAILED, 2, -21)]
+    assert [task for _, task in finished(engine)] == [1]
+
+
+def test_a_cached_prefix_is_not_computed_again(make: Make) -> None:
+    law = IterationTime(token_knots=(0, 1), token_ps=(0 + 1, 1_000_001)).numbers()  # 1 us a token
+    engine = make(llm(law, prefix_caching=1), None)
+    engine.submit_llm(0, 1, 10, 1, 0, [5, 6])
+    assert finished(engine) == [(10_001, 1)]
+    assert engine.kv_blocks_free == 1_000
+    engine.submit_llm(20_000, 2, 10, 1, 0, [5, 7])  # the first 4 tokens are the same
+    assert finished(engine) == [(26_001, 2)]
+    engine.submit_llm(30_000, 3, 8, 1, 0, [5, 6])  # all of it, but the last token must be computed: its block is
+    assert finished(engine) == [(34_001, 3)]
+    assert (engine.prefix_queries, engine.prefix_hits) == (28, 8)
+    engine.submit_llm(40_000, 4, 10, 1, 0, [8, 6])  # equal ids stand for equal prefixes: nothing to be found after 8
+    assert finished(engine) == [(50_001, 4)]
+
+
+def test_blocks_in_use_are_shared(make: Make) -> None:
+    engine = make(llm(FLAT, kv_blocks=7, prefix_caching=1), None)
+    for task in (1, 2, 3):
+        engine.submit_llm(0, task, 17, 2, 0, [1, 2, 3, 4])
+    engine.advance(2_500)  # one prompt of 5 blocks, and a last block for each of the others
+    assert (engine.running, engine.kv_blocks_free, engine.prefix_hits) == (3, 0, 32)
+    assert finished(engine) == [(3_000, task) for task in (1, 2, 3)]
+    assert engine.kv_blocks_free == 7
+
+
+def test_the_end_of_what_was_used_longest_ago_is_overwritten_first(make: Make) -> None:
+    def hits(prompt: list[int], between: int) -> int:
+        """Cached tokens of a prompt, after two prompts of 4 blocks on 10 blocks and ``between`` new blocks."""
+        engine = make(llm(FLAT, kv_blocks=10, prefix_caching=1), None)
+        engine.submit_llm(0, 1, 16, 1, 0, [1, 2, 3, 4])
+        engine.submit_llm(10_000, 2, 16, 1, 0, [5, 6, 7, 8])
+        engine.submit_llm(20_000, 3, 4 * between, 1, 0)
+        engine.advance(30_000)
+        before = engine.prefix_hits
+        engine.submit_llm(30_000, 4, 17, 1, 0, prompt)
+        engine.advance(40_000)
+        return int(engine.prefix_hits - before)
+
+    assert [hits([1, 2, 3, 4], n) for n in range(1, 8)] == [16, 16, 12, 8, 4, 0, 0]
+    assert [hits([5, 6, 7, 8], n) for n in range(1, 8)] == [16, 16, 16, 16, 16, 16, 12]
+
+
+def test_a_preempted_sequence_finds_its_own_blocks(make: Make) -> None:
+    def recomputed(caching: int) -> int:
+        engine = make(llm(FLAT, kv_blocks=5, prefix_caching=caching), None)
+        engine.submit_llm(0, 1, 7, 6, 0)
+        engine.submit_llm(0, 2, 7, 8, 0)
+        assert len(finished(engine)) == 2
+        assert engine.preemptions == 1
+        return int(engine.prefix_hits)
+
+    assert recomputed(0) == 0
+    # It had two full blocks; the first task overwrote one, the end of it.
+    assert recomputed(1) == 4
+
+
+def test_an_answer_is_cached_for_the_next_turn(make: Make) -> None:
+    engine = make(llm(FLAT, prefix_caching=1), None)
+    engine.submit_llm(0, 1, 6, 7, 0, [1, 2, 3])  # 12 tokens are computed in the end
+    engine.submit_llm(100_000, 2, 20, 1, 0, [1, 2, 3, 4, 5])
+    engine.advance(200_000)
+    assert engine.prefix_hits == 12
+
+
+def test_an_iteration_is_decided_when_the_one_before_it_starts(make: Make) -> None:
+    engine = make(llm(FLAT, async_scheduling=1), None)
+    engine.submit_llm(0, 1, 8, 10, 0)
+    engine.submit_llm(500, 2, 8, 1, 0)
+    # Task 1 is prefilled until 2,000, and its first decode is decided at 0: task 2 is in the iteration after that.
+    assert drained(engine)[:3] == [(2_000, FIRST_TOKEN, 1), (5_000, FIRST_TOKEN, 2), (5_000, FINISHED, 2)]
+    engine.submit_llm(50_000, 3, 8, 1, 0)  # nothing is in progress: at once
+    assert finished(engine) == [(52_000, 3)]
+
+
+def test_what_ends_is_known_to_free_its_place_an_iteration_later(make: Make) -> None:
+    def ends(asynchronous: int) -> list[tuple[int, int]]:
+        engine = make(llm(FLAT, max_num_seqs=1, async_scheduling=asynchronous), None)
+        engine.submit_llm(0, 1, 4, 3, 0)
+        engine.submit_llm(0, 2, 4, 1, 0)
+        return finished(engine)
+
+    # The iteration after the last of task 1 has nobody in it, so that nothing is in progress when task 2 gets its turn.
+    assert ends(0) == ends(1) == [(4_000, 1), (6_000, 2)]
+    engine = make(llm(FLAT, max_num_seqs=2, async_scheduling=1), None)
+    for task, output_tokens in ((1, 3), (2, 9), (3, 1)):
+        engine.submit_llm(0, task, 4, output_tokens, 0)
+    # Task 1 ends at 4,000, in the midst of which an iteration of task 2 alone was decided.
+    assert finished(engine) == [(4_000, 1), (7_000, 3), (12_000, 2)]
+
+
+def test_a_cancellation_shortens_nothing_that_is_decided(make: Make) -> None:
+    law = IterationTime(token_knots=(1, 2), token_ps=(1_000_000, 1_100_000)).numbers()  # 100 ns for a second sequence
+    for asynchronous, end in ((0, 1_900 + 1_100 + 5_000), (1, 1_900 + 1_100 + 1_100 + 4_000)):
+        engine = make(llm(law, async_scheduling=asynchronous), None)
+        engine.submit_llm(0, 1, 4, 7, 0)
+        engine.submit_llm(0, 2, 5, 50, 0)
+        engine.advance(1_900)
+        assert engine.cancel(1_950, 2)
+        assert finished(engine) == [(end - 100, 1)] if False else finished_after(engine)
+
+
+def test_cpu_time_beside_and_before_the_gpu(make: Make) -> None:
+    # The GPU takes 1,000 ns and 100 more each iteration.
+    law = IterationTime(attention_context=(0, 1), decode_ps=(0, 100_000), token_ps=(200_000,)).numbers()
+
+    def end(asynchronous: int, scheduler_ns: int, scheduler_seq_ns: int) -> int:
+        changes = {"scheduler_ns": scheduler_ns, "scheduler_seq_ns": scheduler_seq_ns}
+        engine = make(llm(law, async_scheduling=asynchronous, **changes), None)
+        engine.submit_llm(0, 1, 8, 5, 0)
+        return finished(engine)[0][0]
+
+    gpu = [200, 1_000, 1_100, 1_200, 1_300]
+    assert end(0, 0, 0) == end(1, 0, 0) == sum(gpu)
+    assert end(0, 1_000, 50) == sum(gpu) + 5 * 1_050
+    assert end(1, 1_000, 50) == sum(max(1_050, time) for time in gpu)
+    assert end(1, 5_000, 0) == 5 * 5_000
+
+
+def test_the_api_server_takes_one_request_after_another(make: Make) -> None:
+    engine = make(llm(FLAT, api_server_ns=1_000, api_server_token_ns=10, ingress_ns=7), None)
+    engine.submit_llm(0, 1, 100, 1, 0)  # done at 2,000
+    engine.submit_llm(100, 2, 200, 1, 0)  # done at 5,000
+    engine.submit_llm(90_000, 3, 100, 1, 0)
+    assert finished(engine) == [(2_007 + 2_000, 1), (5_007 + 2_000, 2), (92_007 + 2_000, 3)]
+
+
+def test_the_detokeniser_sees_all_tokens_of_an_iteration(make: Make) -> None:
+    engine = make(llm(FLAT, egress_ns=30, detokenizer_token_ns=400), None)
+    for task, output_tokens in ((1, 1), (2, 1), (3, 2)):
+        engine.submit_llm(0, task, 4, output_tokens, 0)
+    # Three tokens after 2,000; one after 3,000, which is not told before them.
+    assert finished(engine) == [(2_000 + 30 + 1_200, 1), (3_230, 2), (3_430, 3)]
+    engine = make(llm(FLAT, detokenizer_token_ns=2_000), None)
+    for task, output_tokens in ((1, 1), (2, 1), (3, 2)):
+        engine.submit_llm(0, task, 4, output_tokens, 0)
+    assert finished(engine) == [(8_000, 1), (8_000, 2), (8_000, 3)]
+
+
+def test_drafts_yield_what_is_expected_of_them(make: Make) -> None:
+    law = IterationTime(token_knots=(0, 1), token_ps=(1, 1_000_001)).numbers()  # 1 us a token
+    engine = make(llm(law, draft_tokens=2, draft_yield_ppm=1_750_000, draft_ns=500, block_size=1), None)
+    engine.submit_llm(0, 1, 4, 9, 0)
+    engine.advance(4_500)
+    assert engine.kv_blocks_free == 1_000 - 4 - 3  # for all drafts
+    # After the prefill 1, 2, 2 and 2 tokens (1.75, 3.5, 5.25, 7 in all), then the last; 3 tokens are verified each time.
+    assert finished(engine) == [(4_000 + 5 * 3_500 + 1, 1)]
+    assert (engine.iterations, engine.itl_count) == (6, 8)
+    assert engine.itl_samples()[0] == 3  # told together
+
+
+def test_a_prefilled_prompt_costs_a_decode(make: Make) -> None:
+    engine = make(llm(FLAT, kv_blocks=6), None)
+    engine.submit_llm(0, 1, 16, 3, 0, (), True)
+    assert drained(engine) == [(1_000, FIRST_TOKEN, 1), (3_000, FINISHED, 1)]
+    # Preempted for the task before it, it must be prefilled: what came with it is gone.
+    engine.submit_llm(10_000, 2, 7, 8, 0)
+    engine.submit_llm(10_000, 3, 12, 5, 0, (), True)
+    ends = finished(engine)
+    assert engine.preemptions == 1
+    assert ends[-1][1] == 3
+    assert engine.prefill_busy_ns == 4_000  # of tasks 2 and 3
+
+
+def test_what_was_seen(make: Make) -> None:
+    engine = make(llm(FLAT, max_num_batched_tokens=40), embed(FLAT, padding=1))
+    engine.submit_llm(0, 1, 100, 3, 0)
+    engine.submit_llm(0, 2, 20, 20, 0)
+    assert tuple(engine.seen) == (0, 0, 0, 0)
+    drained(engine)
+    # 40 + 40 + 20 of the long prompt; two sequences of 100 and 20 tokens, and 101 and 21; then one.
+    assert tuple(engine.seen) == (2, 122, 40, 100)
+    assert engine.prefill_busy_ns == 3 * 2_000
+    for task, tokens in ((11, 5), (12, 9)):
+        engine.submit_embed(100_000, task, tokens)
+    drained(engine)
+    assert tuple(engine.embed_seen) == (0, 0, 18, 9)
+    assert (engine.embed_tokens, engine.embed_padded_tokens) == (14, 18)

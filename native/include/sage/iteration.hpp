@@ -2,6 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
 
 namespace sage {
 
@@ -10,6 +15,12 @@ using Ps = std::int64_t;  // picoseconds of device time; ends after 2^63 ps = 10
 __extension__ typedef __int128 Wide;  // products of times and token counts, narrowed with a check
 
 std::int64_t narrow(Wide value);  // throws std::overflow_error past 2^63 - 2
+
+// A configuration as Python gives it: whole numbers, and rows of them, by name.
+using Row = std::vector<std::int64_t>;
+using Numbers = std::map<std::string, std::variant<std::int64_t, Row>>;
+
+std::int64_t number(const Numbers& numbers, const char* key, std::int64_t least);  // throws std::invalid_argument
 
 // What one LLM iteration works on. A chunk is the part of one prompt that it prefills.
 struct IterationWork {
@@ -27,10 +38,11 @@ struct Series {
   std::int64_t terms;
 };
 
-struct IterationTime {
-  std::int64_t decode_base, decode_seq, decode_kv;
-  std::int64_t prefill_floor, prefill_base, prefill_token, prefill_attn;
-  std::int64_t mixed_permille, overhead;
+// The law. Copies share the tables.
+class IterationTime {
+ public:
+  IterationTime() = default;  // to be assigned
+  explicit IterationTime(const Numbers& numbers);
 
   Ps iteration(const IterationWork& work) const;
   // Iterations that only decode `seqs` sequences of `kv_tokens` context, which grows by `seqs` an iteration: the
@@ -39,7 +51,25 @@ struct IterationTime {
   Ps batch(std::int64_t tokens, Wide attention2) const;  // of an embedding engine
 
  private:
-  Wide prefill(std::int64_t tokens, Wide attention2) const;
+  // Times over one axis.
+  struct Curve {
+    Row knots, ps;
+    Ps at(std::int64_t x) const;
+  };
+  // Times over decoding sequences and their mean context, a row of contexts for each knot of sequences.
+  struct Table {
+    Row seqs, contexts, ps;
+    Series attention(std::int64_t seqs, std::int64_t kv_tokens) const;
+  };
+  struct Tables {
+    Curve token, head, prefill;
+    Table decode, mixed;
+    std::int64_t mixed_token, prefill_pair, prefill_context, overhead;
+  };
+
+  Ps prefill(std::int64_t tokens, Wide attention2, std::int64_t context) const;
+
+  std::shared_ptr<const Tables> tables_;
 };
 
 }  // namespace sage

@@ -21,8 +21,20 @@
 
 namespace sage {
 
-// True output lengths of live requests. Only devices may ask: this is the oracle boundary.
-using Truth = IdMap<std::int64_t>;
+// What a prompt begins with: ids of its blocks of `block_tokens` tokens (sage_core.load.Contents). Shared, because what
+// is shared by many prompts is kept once.
+struct Contents {
+  std::int64_t block_tokens = 0;
+  std::vector<std::int64_t> blocks;
+};
+
+struct TruthOf {
+  std::int64_t output_tokens = 0;
+  std::shared_ptr<const Contents> contents;  // null: shares nothing
+};
+
+// By live request. Only devices may ask: this is the oracle boundary.
+using Truth = IdMap<TruthOf>;
 
 // A simulated device: sage_sim.driver.Device.
 class LoopDevice {
@@ -59,7 +71,7 @@ class Way {
 struct Arrival {
   std::int64_t at;
   RequestArrived request;
-  std::int64_t output_tokens;
+  TruthOf truth;
 };
 
 enum class Why : std::int64_t {
