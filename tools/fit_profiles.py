@@ -2,7 +2,7 @@
 
 Writes ``sage_sim/profiles/<name>.yaml`` and prints the held-out errors. The same data give the same files. ``--check``
 writes nothing and fails when a shipped file differs from what its source gives. The recipes are in
-``tools/profile_fit/recipes.py``; what the keys mean is in ``docs/profiles.md``.
+``tools/profile_fit/recipes.py`` and ``library.py``; what the keys mean is in ``docs/profiles.md``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 
 import msgspec
 import yaml
+from profile_fit import library, recipes
 from profile_fit.fit import BoundError
-from profile_fit.recipes import RECIPES
 
 from sage_sim.profile import PROFILES, Profile
 
+RECIPES = recipes.RECIPES | library.RECIPES
 HEADER = "# Made by tools/fit_profiles.py from public measurements; do not edit. Keys: docs/profiles.md.\n"
 
 
 def to_yaml(profile: Profile) -> str:
     """The file's text: keys in the order of the schema, unknown values left out."""
-    tree = msgspec.to_builtins(profile)
-    if profile.kind == "embedding":
-        tree["time"] = {key: value for key, value in tree["time"].items() if not key.startswith(("decode", "mixed"))}
-    return HEADER + yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=False)
+    return HEADER + yaml.dump(
+        msgspec.to_builtins(profile), Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=False
+    )
 
 
 def build(name: str, data: Path) -> Profile:
@@ -66,10 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block style, but ranges and rows of a table on one line."""
+    """Block style, but ranges and rows of a table flow."""
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
-        return super().represent_sequence(tag, sequence, all(isinstance(item, int) for item in sequence))
+        return super().represent_sequence(tag, sequence, all(isinstance(item, int | float) for item in sequence))
 
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
         return super().represent_mapping(tag, mapping, "held_out" in mapping)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from sage_sim.iteration import IterationWork
 from sage_sim.profile import Phase, Profile, load_profile, profile_names
 
 app = typer.Typer(help="Calibrated model profiles: times, errors, provenance.", no_args_is_help=True)
@@ -31,7 +32,7 @@ def list_profiles() -> None:
 
 @app.command()
 def show(profile: str = typer.Argument(help="a shipped profile's name, or the path of a .yaml file")) -> None:
-    """One profile: coefficients, errors, comparisons with other measurements, memory, source, assumptions."""
+    """One profile: times of typical iterations, errors, comparisons with other measurements, memory, source, assumptions."""
     loaded = load_profile(profile)
     console = Console()
     console.print(_facts(loaded))
@@ -46,6 +47,7 @@ def show(profile: str = typer.Argument(help="a shipped profile's name, or the pa
 
 
 _PHASES: tuple[Phase, ...] = ("decode", "prefill", "mixed")
+_PROMPT, _CONTEXT = 512, 1024
 
 
 def _facts(profile: Profile) -> Table:
@@ -54,10 +56,11 @@ def _facts(profile: Profile) -> Table:
     memory = f"{hardware.memory_gib:g} GiB each" if hardware.memory_gib else "memory not stated"
     tdp = f"{hardware.tdp_w:g} W TDP each" if hardware.tdp_w else "TDP not stated"
     ranges = {
-        "new prompt tokens a step": valid.prefill_tokens,
+        "new prompt tokens an iteration": valid.prefill_tokens,
         "prompt tokens": valid.prompt_tokens,
         "decoding sequences": valid.decode_seqs,
         "cached tokens": valid.decode_kv_tokens,
+        "context tokens of a sequence": valid.decode_context,
     }
     rows = [
         (
@@ -82,10 +85,21 @@ def _facts(profile: Profile) -> Table:
 
 
 def _times(profile: Profile) -> Table:
-    table = Table("coefficient", "value", title="Time model", title_justify="left")
-    for name in profile.time.__struct_fields__:
-        if profile.kind == "llm" or not name.startswith(("decode", "mixed")):
-            table.add_row(name, f"{getattr(profile.time, name):g}")
+    """What typical iterations take by the law; the file itself has the times at knots."""
+    law = profile.iteration_time()
+    table = Table("iteration", Column("ms", justify="right"), title="Times", title_justify="left")
+    if profile.kind == "embedding":
+        for texts in (1, 32):
+            batch_ps = law.batch_ps(texts * _PROMPT, texts * _PROMPT**2)
+            table.add_row(f"{texts} texts of {_PROMPT} tokens", f"{batch_ps / 1e9:.3f}")
+        return table
+    prompt = IterationWork(0, 0, 1, _PROMPT, 0, _PROMPT**2)
+    for seqs in (1, 32, 128):
+        decode = IterationWork(seqs, seqs * _CONTEXT)
+        table.add_row(f"{seqs} decoding, {_CONTEXT} tokens of context each", f"{law.iteration_ps(decode) / 1e9:.3f}")
+    table.add_row(f"a prompt of {_PROMPT} tokens", f"{law.iteration_ps(prompt) / 1e9:.3f}")
+    mixed = prompt._replace(seqs=32, kv_tokens=32 * _CONTEXT)
+    table.add_row("that prompt beside 32 of those decodes", f"{law.iteration_ps(mixed) / 1e9:.3f}")
     return table
 
 

@@ -17,7 +17,10 @@ GEMM = tuple[int, int]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense transformer. ``gated``: SwiGLU (three MLP matrices) instead of GELU (two)."""
+    """A transformer. ``gated``: SwiGLU (three MLP matrices) instead of GELU (two).
+
+    With ``experts``, each layer has that many MLPs of ``intermediate``, of which a token uses ``experts_per_token``.
+    """
 
     name: str
     layers: int
@@ -30,9 +33,12 @@ class Architecture:
     positions: int
     decoder: bool
     gated: bool
+    experts: int = 0
+    experts_per_token: int = 0
 
     def layer_gemms(self, tp: int) -> list[GEMM]:
-        """Weight matrices of one layer on one of ``tp`` ranks: QKV, output, MLP up (gate and up fused), MLP down."""
+        """Weight matrices of one layer on one of ``tp`` ranks: QKV, output, MLP up (gate and up fused), MLP down. A
+        model with experts has the last two once for each of them."""
         qkv = (self.heads + 2 * self.kv_heads) * self.head_dim // tp
         up = self.intermediate * (2 if self.gated else 1) // tp
         return [
@@ -46,16 +52,31 @@ class Architecture:
         """The LM head on one rank."""
         return (self.vocab // tp, self.hidden)
 
+    def experts_hit(self, tokens: float) -> float:
+        """Different experts that ``tokens`` tokens use in a layer when a gate spreads them evenly: E (1 - (1 - k/E)^T)."""
+        missed = (1 - self.experts_per_token / self.experts) ** tokens
+        return float(self.experts * (1 - missed))
+
     @property
     def linear_parameters(self) -> int:
-        """Weights that every token multiplies: all layers; without embeddings and LM head."""
-        return self.layers * sum(n * k for n, k in self.layer_gemms(1))
+        """Weights of all layers, all experts among them; without embeddings and LM head."""
+        return self._layers_of(max(1, self.experts))
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of them that a token is multiplied with."""
+        return self._layers_of(max(1, self.experts_per_token))
 
     @property
     def parameters(self) -> int:
         """All weights: a decoder has untied input and output embeddings, an encoder word and position tables."""
         tables = 2 * self.vocab if self.decoder else self.vocab + self.positions
         return self.linear_parameters + tables * self.hidden + (2 * self.layers + 1) * self.hidden
+
+    def _layers_of(self, mlps: int) -> int:
+        qkv, output, *mlp = (n * k for n, k in self.layer_gemms(1))
+        gate = self.experts * self.hidden
+        return self.layers * (qkv + output + gate + mlps * sum(mlp))
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Keys and values of one token over all layers and ranks."""
@@ -64,7 +85,7 @@ class Architecture:
     @property
     def flops_per_token(self) -> int:
         """Of the linear layers: a multiply and an add per weight."""
-        return 2 * self.linear_parameters
+        return 2 * self.active_parameters
 
     @property
     def flops_per_pair(self) -> int:
@@ -102,6 +123,10 @@ FP32 = Precision("fp32", 4, 4)
 FP8 = Precision("fp8", 1, 2, fp8_peak=True)
 """FP8 weights and matrix multiplications; the KV cache stays in 16 bits, as engines do unless told otherwise."""
 
+QWEN3_32B = Architecture("Qwen/Qwen3-32B", 64, 5120, 64, 8, 128, 25600, 151936, 40960, True, True)
+QWEN3_30B_A3B = Architecture(
+    "Qwen/Qwen3-30B-A3B-Instruct-2507", 48, 2048, 32, 4, 128, 768, 151936, 262144, True, True, 128, 8
+)
 LLAMA_31_8B = Architecture("meta-llama/Llama-3.1-8B", 32, 4096, 32, 8, 128, 14336, 128256, 131072, True, True)
 LLAMA_2_70B = Architecture("meta-llama/Llama-2-70b-hf", 80, 8192, 64, 8, 128, 28672, 32000, 4096, True, True)
 BGE_LARGE = Architecture("BAAI/bge-large-en-v1.5", 24, 1024, 16, 16, 64, 4096, 30522, 512, False, False)

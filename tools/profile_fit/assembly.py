@@ -1,13 +1,15 @@
-"""A model on its devices, fitted: from steps to the profile's sections."""
+"""A model on its devices, fitted: from kernel times or whole iterations to the profile's sections."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from profile_fit.architecture import GIB, Architecture, Device, Precision
-from profile_fit.fit import Limits, Phases, check_bounds, fit_model
-from profile_fit.steps import Floats
+from profile_fit.fit import Limits, Parts, check_bounds, fit_iterations, fit_parts, fitting
+from profile_fit.steps import Floats, Steps
 from sage_sim.profile import (
     Check,
     Engine,
@@ -72,7 +74,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Coefficients with what is known about them."""
+    """Times with what is known about them."""
 
     time: TimeModel
     errors: dict[Phase, FitError]
@@ -80,21 +82,44 @@ class Fitted:
     bound_share: float
 
     @classmethod
-    def of(cls, name: str, setup: Setup, phases: Phases) -> Fitted:
-        """Fit ``phases``; BoundError when the result beats the hardware at any fitted or held-out point."""
-        time, errors = fit_model(name, phases, setup.limits)
-        share = max(check_bounds(time, steps, setup.limits) for steps in phases.present().values())
-        return cls(
-            time,
-            errors,
-            Valid(
-                prefill_tokens=span(phases.prefill.tokens),
-                prompt_tokens=phases.prompts,
-                decode_seqs=span(phases.decode.seqs) if len(phases.decode) else None,
-                decode_kv_tokens=span(phases.decode.kv) if len(phases.decode) else None,
-            ),
-            round(share, 3),
+    def of(cls, name: str, setup: Setup, parts: Parts) -> Fitted:
+        """Fit kernel times; BoundError when the result beats the hardware at any point."""
+        encoder = parts.head is None
+        kv_tokens_max = 2**62 if encoder else setup.kv_tokens_max
+        time, errors = fit_parts(name, parts, kv_tokens_max)
+        iterations = [parts.iterations(fitting(steps, kv_tokens_max)) for steps in parts.phases().values()]
+        return cls._checked(setup, time, errors, iterations, parts.prompts, embedding=encoder)
+
+    @classmethod
+    def of_iterations(cls, name: str, setup: Setup, decode: Steps, prefill: Steps) -> Fitted:
+        """Fit whole iterations, of which no prompt had cached context; BoundError as above."""
+        time, errors = fit_iterations(name, decode, prefill, setup.limits)
+        prompts = span(prefill.tokens / prefill.chunks)
+        return cls._checked(setup, time, errors, [decode, prefill], prompts, embedding=False)
+
+    @classmethod
+    def _checked(
+        cls,
+        setup: Setup,
+        time: TimeModel,
+        errors: dict[Phase, FitError],
+        iterations: list[Steps],
+        prompts: tuple[int, int],
+        *,
+        embedding: bool,
+    ) -> Fitted:
+        law = time.law()
+        share = max(check_bounds(law, steps, setup.limits, embedding=embedding) for steps in iterations)
+        decoding = [steps for steps in iterations if len(steps) and not steps.tokens.any()]
+        new = [steps.tokens for steps in iterations if len(steps) and steps.tokens.any()]
+        valid = Valid(
+            prefill_tokens=span(np.concatenate(new)),
+            prompt_tokens=prompts,
+            decode_seqs=span(decoding[0].seqs) if decoding else None,
+            decode_kv_tokens=span(decoding[0].kv) if decoding else None,
+            decode_context=span(decoding[0].kv / decoding[0].seqs) if decoding else None,
         )
+        return cls(time, errors, valid, round(share, 3))
 
 
 def assemble(

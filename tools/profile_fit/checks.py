@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from profile_fit.kernels import Kernels
-from profile_fit.steps import Floats
-from sage_sim.profile import Check, TimeModel
+from profile_fit.steps import Floats, Steps, decode, predict_us, prefill
+from sage_sim.iteration import IterationTime
+from sage_sim.profile import Check
 
 VIDUR_OPS = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
 """Vidur's names of a layer's weight matrices."""
@@ -26,7 +27,7 @@ def compared(against: str, predicted: Floats, actual: Floats, note: str) -> Chec
     return Check(against, len(error), round(mape, 2), round(bias, 2), note)
 
 
-def of_composed(data: Path, name: str, kernels: Kernels, time: TimeModel) -> list[Check]:
+def of_composed(data: Path, name: str, kernels: Kernels, law: IterationTime) -> list[Check]:
     """What there is for a composed LLM: interpolation, Vidur's exact shapes, real runs of the same model."""
     checks = [interpolation(kernels)]
     model, gpu = kernels.model.name, kernels.device.name.removesuffix("_sxm")
@@ -34,9 +35,9 @@ def of_composed(data: Path, name: str, kernels: Kernels, time: TimeModel) -> lis
     if kernels.precision.name == "bf16":
         checks += _linear_layers(data, kernels, gpu, vidur_model)
     if model == "meta-llama/Llama-2-70b-hf" and gpu == "a100":
-        checks += _older_engine(data, time, kernels.tp)
+        checks += _older_engine(data, law, kernels.tp)
     if name == "llama-3.1-8b-h200-fp8-tp1":
-        checks.append(_closed_loop(data, time))
+        checks.append(_closed_loop(data, law))
     return checks
 
 
@@ -57,7 +58,7 @@ def interpolation(kernels: Kernels) -> Check:
     )
 
 
-def of_rtx4090(data: Path, time: TimeModel, kv_tokens_max: int) -> list[Check]:
+def of_rtx4090(data: Path, law: IterationTime, kv_tokens_max: int) -> list[Check]:
     """A real vLLM 0.19 run on the same GPU: seconds of pure decoding, and the KV capacity it reported."""
     ticks = pd.read_parquet(data / "e2e_vllm_timeseries_rtx4090.parquet")
     requests = pd.read_parquet(data / "e2e_vllm_requests_rtx4090.parquet")
@@ -72,7 +73,7 @@ def of_rtx4090(data: Path, time: TimeModel, kv_tokens_max: int) -> list[Check]:
     return [
         compared(
             "e2e_vllm_timeseries_rtx4090.parquet (measured, vLLM 0.19.0)",
-            time.decode_us(running, kv) / 1e3,
+            predict_us(law, Steps.of(map(decode, running, kv, np.zeros(len(kv))))) / 1e3,
             1e3 * running / ticks.gen_throughput.to_numpy(np.float64),
             "decode step = running / tokens per second, in seconds in which nothing was admitted",
         ),
@@ -85,19 +86,18 @@ def of_rtx4090(data: Path, time: TimeModel, kv_tokens_max: int) -> list[Check]:
     ]
 
 
-def of_measured(kernels: Kernels, time: TimeModel) -> list[Check]:
+def of_measured(kernels: Kernels, law: IterationTime) -> list[Check]:
     """The measured engine against a composition of current kernels: how far the engines are apart."""
-    phases = kernels.phases(100_000, 8192)
+    parts = kernels.parts(100_000, 8192)
     note = f"composed from vLLM {kernels.version} kernels without CPU time: an engine of another time, not an error"
-    named = {"decode": phases.decode, "prefill": phases.prefill}
     return [
         compared(
-            f"ops_aiconfigurator_vllm.parquet, composed {phase} steps",
-            time.step_us(steps.tokens, steps.pairs, steps.seqs, steps.kv),
-            steps.time_us,
+            f"ops_aiconfigurator_vllm.parquet, composed {phase} iterations",
+            predict_us(law, attention),
+            parts.iterations(attention).time_us,
             note,
         )
-        for phase, steps in named.items()
+        for phase, attention in parts.phases().items()
     ]
 
 
@@ -134,31 +134,29 @@ def _linear_layers(data: Path, kernels: Kernels, gpu: str, model: str) -> list[C
     ]
 
 
-def _older_engine(data: Path, time: TimeModel, tp: int) -> list[Check]:
+def _older_engine(data: Path, law: IterationTime, tp: int) -> list[Check]:
     rows = pd.read_parquet(data / "calibration_splitwise_a100.parquet")
     rows = rows[(rows.model == "llama2-70b") & (rows.tensor_parallel == tp) & (rows.note.fillna("") == "")]
-    decoding, prompts = rows[rows.phase == "decode"], rows[rows.phase == "prefill"]
-    seqs = decoding.batch_size.to_numpy(np.float64)
-    tokens = (prompts.batch_size * prompts.prompt_tokens).to_numpy(np.float64)
-    note = "whole steps of a 2023-24 engine with its CPU time: the difference is the engine's vintage"
+    note = "whole iterations of a 2023-24 engine with its CPU time: the difference is the engine's vintage"
     against = f"calibration_splitwise_a100.parquet (measured, TP {tp})"
     return [
-        compared(
-            f"{against}, decode",
-            time.decode_us(seqs, seqs * decoding.context_tokens.to_numpy(np.float64)),
-            decoding.time_ms.to_numpy(np.float64) * 1e3,
-            note,
-        ),
-        compared(
-            f"{against}, prefill",
-            time.prefill_us(tokens, tokens * prompts.prompt_tokens.to_numpy(np.float64) / 2),
-            prompts.time_ms.to_numpy(np.float64) * 1e3,
-            note,
-        ),
+        compared(f"{against}, {phase}", predict_us(law, steps), steps.time_us, note)
+        for phase, steps in zip(("decode", "prefill"), measured_iterations(rows), strict=True)
     ]
 
 
-def _closed_loop(data: Path, time: TimeModel) -> Check:
+def measured_iterations(rows: pd.DataFrame) -> tuple[Steps, Steps]:
+    """Decode and prefill of a table of measured iterations (no prompt there has cached context)."""
+    decoding, prompts = rows[rows.phase == "decode"], rows[rows.phase == "prefill"]
+    sizes = decoding[["batch_size", "context_tokens", "time_ms"]].itertuples(index=False)
+    chunks = prompts[["batch_size", "prompt_tokens", "time_ms"]].itertuples(index=False)
+    return (
+        Steps.of(decode(seqs, seqs * context, time_ms * 1e3) for seqs, context, time_ms in sizes),
+        Steps.of(prefill(batch, tokens, 0, time_ms * 1e3) for batch, tokens, time_ms in chunks),
+    )
+
+
+def _closed_loop(data: Path, law: IterationTime) -> Check:
     """Measured TPOT under a closed loop of B requests, against its steady state.
 
     In the time of ``osl`` steps every request is replaced once, so B prompts are prefilled; they share n = min(B, osl)
@@ -172,8 +170,11 @@ def _closed_loop(data: Path, time: TimeModel) -> Check:
     rows = rows[rows.engine == "sglang"].drop_duplicates(["isl", "osl", "batch_size", "tpot_ms"])
     batch, isl, osl = (rows[name].to_numpy(np.float64) for name in ("batch_size", "isl", "osl"))
     kv, n = batch * (isl + osl / 2), np.minimum(batch, osl)
-    tokens = batch * isl / n
-    mixed, alone = time.step_us(tokens, tokens * isl / 2, batch, kv), time.step_us(0 * n, 0 * n, batch, kv)
+    chunks = batch / n  # prompts of a mixed iteration, on average; whole ones and their neighbours cost the same
+    tokens = chunks * isl
+    none = 0 * n
+    mixed = predict_us(law, Steps(np.maximum(1, chunks), tokens, none, tokens * isl / 2, batch, kv, none))
+    alone = predict_us(law, Steps(none, none, none, none, batch, kv, none))
     return compared(
         "calibration_e2e_silicon.parquet (measured TPOT, SGLang 0.5.6, FP8, closed loop)",
         (n * mixed + (osl - n) * alone) / osl / 1e3,

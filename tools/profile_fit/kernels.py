@@ -1,11 +1,10 @@
-"""From measured GPU kernels to step times: the sum of a transformer's kernels over its layers.
+"""From measured GPU kernels to the parts of an iteration: the sum of a transformer's kernels over its layers.
 
 Rules kept:
 
 * Matrix multiplications and attention are looked up at measured shapes; where a weight shape was not measured, time is
   interpolated linearly between the neighbouring widths (log-space interpolation over-predicts), and ``m`` likewise.
-* Prompt lengths are mostly *not* powers of two: matrix tiles make 256 tokens a tenth cheaper than 257, and a real step
-  rarely lands on the edge.
+* Token counts are taken on both sides of a tile edge: 256 tokens are a tenth cheaper than 257.
 * A kernel may not be faster than reading its weights or its KV cache from memory. Tables taken with operands that stay
   in the L2 cache show such times; in a real step the other layers have evicted them. They are raised to the bound.
 * Norms, rotary embedding, activation and sampling are not in the tables; they cost the larger of a launch floor and
@@ -26,18 +25,19 @@ import numpy as np
 import pandas as pd
 
 from profile_fit.architecture import Architecture, Device, Precision
-from profile_fit.fit import Phases
-from profile_fit.steps import Step, Steps, decode, prefill
+from profile_fit.fit import Parts
+from profile_fit.steps import Floats, Points, Step, Steps, decode, prefill
 
 OPS = "ops_aiconfigurator_vllm.parquet"
 SMALL_OPS = "ops_llmservingsim_vllm019.parquet"
 GRAPH_TOKENS_MAX = 512
 DECODE_SEQS_MAX = 256
 DECODE_CONTEXTS = (64, 16384)
-PROMPTS = (16, 24, 40, 64, 100, 128, 200, 256, 400, 512, 700, 1024, 1400, 2048, 2700, 4096, 5400, 8192)
-MIXED_PROMPTS = (40, 100, 200, 400, 700, 1400, 2700, 5400)
-MIXED_SEQS = (1, 2, 4, 8, 16, 32, 64, 128)
-MIXED_CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
+PROMPTS = (16, 24, 40, 64, 100, 128, 200, 256, 400, 512, 700, 1024, 1400, 2048, 2700, 4096, 5400, 8192, 16384)
+TILE = 16
+TOKENS = (*range(1, 17), *(edge + over for edge in range(32, 257, TILE) for over in (0, 1)))
+LARGE_TOKENS = (*(edge + over for edge in range(512, 4353, 256) for over in (0, 1)), 6144, 8192, 12288, 16384)
+HEADS = (1, 2, 4, 8, 16, 17, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 257, 384, 512)
 
 
 @dataclass(frozen=True)
@@ -143,48 +143,38 @@ class Kernels:
         prompts, per_token = self._context[batch]
         return float(np.interp(prompt, prompts, per_token)) * prompt
 
-    def phases(self, kv_tokens_max: int, tokens_max: int) -> Phases:
-        """Steps of every phase that fit ``kv_tokens_max`` cached tokens and ``tokens_max`` new ones."""
-        prompts = (PROMPTS[0], min(PROMPTS[-1], self.model.positions))
-        if not self.model.decoder:
-            return Phases(Steps.of([]), Steps.of(self.prefill_steps(tokens_max)), Steps.of([]), prompts)
-        return Phases(
-            decode=Steps.of(self.decode_steps(kv_tokens_max)),
-            prefill=Steps.of(self.prefill_steps(tokens_max)),
-            mixed=Steps.of(self.mixed_steps(kv_tokens_max, tokens_max)),
+    def parts(self, kv_tokens_max: int, tokens_max: int) -> Parts:
+        """What fits ``kv_tokens_max`` cached tokens and ``tokens_max`` new ones; nothing of mixed attention was measured."""
+        layers, decoder = self.model.layers, self.model.decoder
+        tokens = np.array(
+            [size for size in (*TOKENS, *LARGE_TOKENS) if size <= tokens_max + DECODE_SEQS_MAX], np.float64
+        )
+        once_us = 0.0 if decoder else self.finish_us(1)
+        prompts = (PROMPTS[0], min(PROMPTS[-1], self.model.positions, int(self._context[1][0][-1])))
+        return Parts(
+            token=Points(tokens, np.array([layers * self.linear_us(int(size)) + once_us for size in tokens])),
+            head=Points(np.array(HEADS, np.float64), np.array([self.finish_us(n) for n in HEADS])) if decoder else None,
+            decode=Steps.of(self._decode_attention(kv_tokens_max)) if decoder else Steps.of([]),
+            prefill=Steps.of(self._prefill_attention(tokens_max)),
+            mixed=self.small.mixed_attention,
             prompts=prompts,
         )
 
-    def decode_steps(self, kv_tokens_max: int) -> Iterator[Step]:
-        """Every measured ``(sequences, context)`` that fits the KV cache."""
-        for seqs, context in sorted(self.generation):
+    def _decode_attention(self, kv_tokens_max: int) -> Iterator[Step]:
+        """Every measured ``(sequences, context)`` that fits the KV cache; the tables count the tokens before this one."""
+        for seqs, cached in sorted(self.generation):
+            context = cached + 1
             inside = DECODE_CONTEXTS[0] <= context <= DECODE_CONTEXTS[1] and seqs <= DECODE_SEQS_MAX
             if inside and seqs * context <= kv_tokens_max:
-                layers = self.model.layers * (self.linear_us(seqs) + self.generation_us(seqs, context))
-                yield decode(seqs, seqs * context, layers + self.finish_us(seqs))
+                yield decode(seqs, seqs * context, self.model.layers * self.generation_us(seqs, cached))
 
-    def prefill_steps(self, tokens_max: int) -> Iterator[Step]:
+    def _prefill_attention(self, tokens_max: int) -> Iterator[Step]:
         """Equal prompts within a token budget and the model's positions; no cached context was measured."""
         for batch in sorted(self._context):
             longest = min(tokens_max // batch, self.model.positions, int(self._context[batch][0][-1]))
             for prompt in PROMPTS:
                 if prompt <= longest:
-                    layers = self.model.layers * (self.linear_us(batch * prompt) + self.prompts_us(batch, prompt))
-                    yield prefill(batch, prompt, 0, layers + self.finish_us(batch))
-
-    def mixed_steps(self, kv_tokens_max: int, tokens_max: int) -> Iterator[Step]:
-        """One prompt beside decoding sequences: linear layers run once over both, attention as in mixed batches."""
-        for prompt in MIXED_PROMPTS:
-            for seqs in MIXED_SEQS:
-                if prompt > self.model.positions or prompt + seqs > tokens_max:
-                    continue
-                linear = self.linear_us(prompt + seqs)
-                for context in MIXED_CONTEXTS:
-                    cached = context - 1  # the tables count the tokens before this one
-                    if seqs * context <= kv_tokens_max and (seqs, cached) in self.generation:
-                        beside = self.small.mixed_attention * self.generation_us(seqs, cached)
-                        layers = self.model.layers * (linear + self.prompts_us(1, prompt) + beside)
-                        yield Step(prompt, prompt**2 / 2, seqs, seqs * context, layers + self.finish_us(seqs + 1))
+                    yield prefill(batch, prompt, 0, self.model.layers * self.prompts_us(batch, prompt))
 
     def _elementwise_us(self, floor_us: float, values: int) -> float:
         return max(floor_us, values * 2 / self._bandwidth)
@@ -195,37 +185,66 @@ class Kernels:
 
 
 class LayerProfile:
-    """Steps from vLLM 0.19's per-layer profile of Llama-3.1-8B on one GPU (TP 1), where mixed attention is measured."""
+    """vLLM 0.19's per-layer profile of one model on one GPU, where mixed attention is measured.
 
-    def __init__(self, data: Path, gpu: str, layers: int) -> None:
-        ops = pd.read_parquet(data / SMALL_OPS, filters=[("gpu", "=", gpu), ("tensor_parallel", "=", 1)])
-        ops = ops[ops.model == "meta-llama/Llama-3.1-8B"]
-        self.layers = layers
-        self._by_tokens = {op: _curve(rows, "tokens") for op, rows in ops[ops.tokens.notna()].groupby("op")}
+    Two things are not in it. All-reduce (TP 2): the two-GPU times of another GPU on PCIe, an L40S (PCIe 4), at half the
+    message size, because the RTX PRO 6000 has PCIe 5. Experts at TP 2: half of their time at TP 1; they are bound by
+    reading their weights, of which each rank has half.
+    """
+
+    def __init__(self, data: Path, gpu: str, model: Architecture, tp: int) -> None:
+        ops = pd.read_parquet(data / SMALL_OPS, filters=[("gpu", "=", gpu), ("model", "=", model.name)])
+        self.model, self.tp = model, tp
+        self._experts = _expert_curves(ops[(ops.op == "moe") & (ops.tensor_parallel == 1)])
+        ops = ops[ops.tensor_parallel == tp]
+        by_tokens = ops[ops.tokens.notna() & (ops.op != "moe")]
+        self._by_tokens = {op: _curve(rows, "tokens") for op, rows in by_tokens.groupby("op")}
         self._by_seqs = {op: _curve(rows, "sequences") for op, rows in ops[ops.sequences.notna()].groupby("op")}
-        self.attention = ops[ops.op == "attention"]
+        self._attention = ops[ops.op == "attention"]
+        self._reduce = _pcie_all_reduce(data) if tp > 1 else None
 
-    def phases(self, kv_tokens_max: int) -> Phases:
-        """Every profiled attention shape that fits ``kv_tokens_max``: up to 256 sequences and 2,048 new tokens."""
-        by_phase: dict[str, list[Step]] = {"decode": [], "prefill": [], "mixed": []}
-        columns = ["prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"]
-        for chunk, cached, seqs, context, attention_us in self.attention[columns].itertuples(index=False):
-            if chunk + cached + seqs * context > kv_tokens_max:
-                continue
-            time_us = self._step_us(chunk + seqs, seqs + (chunk > 0), attention_us)
-            step = Step(chunk, chunk * (cached + chunk / 2), seqs, seqs * context, time_us)
-            by_phase["decode" if not chunk else "mixed" if seqs else "prefill"].append(step)
-        longest = int((self.attention.prefill_chunk + self.attention.kv_prefill).max())
-        return Phases(**{phase: Steps.of(steps) for phase, steps in by_phase.items()}, prompts=(16, longest))
+    def parts(self) -> Parts:
+        """Every profiled shape: up to 256 sequences and 2,048 new tokens."""
+        layers = self.model.layers
+        columns = ["prefill_chunk", "kv_prefill", "n_decode", "kv_decode"]
+        shapes = self._attention.groupby(columns, as_index=False).time_us.median()
+        rows: dict[str, list[Step]] = {"decode": [], "prefill": [], "mixed": []}
+        for chunk, cached, seqs, context, time_us in shapes.itertuples(index=False):
+            phase = "decode" if not chunk else "mixed" if seqs else "prefill"
+            pairs = chunk * (cached + chunk / 2)
+            rows[phase].append(Step(int(chunk > 0), chunk, cached, pairs, seqs, seqs * context, layers * time_us))
+        longest = int((shapes.prefill_chunk + shapes.kv_prefill).max())
+        attention = {phase: Steps.of(steps) for phase, steps in rows.items()}
+        return Parts(token=self._token(), head=self._head(), **attention, prompts=(int(TILE), longest))
 
-    def _step_us(self, tokens: int, seqs: int, attention_us: float) -> float:
-        def at(op: str) -> float:
-            curve = self._by_seqs[op] if op in self._by_seqs else self._by_tokens[op]
-            return float(np.interp(seqs if op in self._by_seqs else tokens, *curve))
+    def _token(self) -> Points:
+        sizes, _ = self._by_tokens["qkv_proj"]
+        twice = ("layernorm",)
+        once = ("embedding", "final_layernorm")
+        each = np.array([self._experts_us(size) + self._all_reduce_us(size) for size in sizes])
+        for op, curve in sorted(self._by_tokens.items()):
+            if op not in once:
+                each += (2 if op in twice else 1) * np.interp(sizes, *curve)
+        all_layers = self.model.layers * each
+        return Points(sizes, all_layers + np.sum([np.interp(sizes, *self._by_tokens[op]) for op in once], axis=0))
 
-        each = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "rotary_emb", "act_fn", "layernorm", "layernorm")
-        once = ("embedding", "final_layernorm", "lm_head", "sampler")
-        return self.layers * (attention_us + sum(map(at, each))) + sum(map(at, once))
+    def _head(self) -> Points:
+        sizes, _ = self._by_seqs["lm_head"]
+        return Points(sizes, np.sum([np.interp(sizes, *self._by_seqs[op]) for op in ("lm_head", "sampler")], axis=0))
+
+    def _experts_us(self, tokens: float) -> float:
+        """At the number of experts that ``tokens`` tokens hit: linear across experts, then across tokens."""
+        if not self._experts:
+            return 0.0
+        hit, sizes = self.model.experts_hit(tokens), np.array(sorted(self._experts))
+        return float(np.interp(tokens, sizes, [np.interp(hit, *self._experts[size]) for size in sizes])) / self.tp
+
+    def _all_reduce_us(self, tokens: float) -> float:
+        """Two of them in a layer."""
+        if self._reduce is None:
+            return 0.0
+        sizes, times = self._reduce
+        return 2 * float(np.interp(tokens * self.model.hidden / 2, sizes, times))
 
 
 GemmTable = dict[int, dict[int, tuple[np.ndarray, np.ndarray]]]
@@ -284,9 +303,22 @@ def _by_batch(times: dict[tuple[int, int], float]) -> dict[int, tuple[np.ndarray
     return {batch: (np.array([p for p, _ in rows]), np.array([t for _, t in rows])) for batch, rows in batches.items()}
 
 
-def _curve(rows: pd.DataFrame, by: str) -> tuple[np.ndarray, np.ndarray]:
+def _curve(rows: pd.DataFrame, by: str) -> tuple[Floats, Floats]:
     medians = rows.groupby(by).time_us.median()
     return medians.index.to_numpy(np.float64), medians.to_numpy(np.float64)
+
+
+def _expert_curves(rows: pd.DataFrame) -> dict[int, tuple[Floats, Floats]]:
+    """``tokens -> (activated experts, us)``."""
+    sizes = sorted({int(tokens) for tokens in rows.tokens})
+    return {tokens: _curve(rows[rows.tokens == tokens], "activated_experts") for tokens in sizes}
+
+
+def _pcie_all_reduce(data: Path) -> tuple[Floats, Floats]:
+    """``(elements, us)`` of an all-reduce over two L40S within a CUDA graph."""
+    rows = pd.read_parquet(data / OPS, filters=[("system", "=", "l40s"), ("op_name", "=", "all_reduce")])
+    rows = rows[(rows.num_gpus == 2) & (rows.backend == "vllm_graph")].sort_values("message_size")
+    return rows.message_size.to_numpy(np.float64), rows.latency_ms.to_numpy(np.float64) * 1e3
 
 
 def _mixed_attention(attention: pd.DataFrame) -> float:

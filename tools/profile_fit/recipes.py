@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pandas as pd
 
 from profile_fit import checks
@@ -26,17 +25,18 @@ from profile_fit.architecture import (
     FP32,
     LLAMA_2_70B,
     LLAMA_31_8B,
-    RTX4090,
+    QWEN3_30B_A3B,
+    QWEN3_32B,
     Architecture,
     Device,
     Precision,
     read_device,
 )
-from profile_fit.assembly import Fitted, Setup, assemble, span
-from profile_fit.fit import Phases, check_bounds, rounded, rounded_ns
+from profile_fit.assembly import Fitted, Setup, assemble
+from profile_fit.fit import check_bounds, rounded, rounded_ns
 from profile_fit.kernels import OPS, SMALL_OPS, Kernels, LayerProfile
-from profile_fit.steps import Steps, decode, prefill
-from sage_sim.profile import Engine, Hardware, Profile, Source, TimeModel, Valid
+from profile_fit.steps import Steps, prefill
+from sage_sim.profile import Curve, Engine, Hardware, Prefill, Profile, Source, TimeModel, Valid
 
 AICONFIGURATOR = "ai-dynamo/aiconfigurator@095f58a51c4ca8e61b66ec108d86f223f8d559ce"
 LLMSERVINGSIM = "casys-kaist/LLMServingSim@5daddb21a545658d5150b535712d0494584b5278"
@@ -48,13 +48,15 @@ Recipe = Callable[[str, Path], Profile]
 """``(profile name, data folder) -> profile``. Raises OSError (data absent), KeyError (a row is absent), BoundError."""
 
 
-def composed_llm(arch: Architecture, device: str, precision: Precision, tp: int) -> Recipe:
+def composed_llm(
+    arch: Architecture, device: str, precision: Precision, tp: int, source: type[Kernels] = Kernels
+) -> Recipe:
     """An LLM from vLLM kernel times of ``ops_aiconfigurator_vllm``."""
 
     def build(name: str, data: Path) -> Profile:
         setup = Setup(arch, read_device(data, device, precision), precision, tp)
-        kernels = Kernels(data, arch, setup.device, precision, tp)
-        fitted = Fitted.of(name, setup, kernels.phases(setup.kv_tokens_max, 8192))
+        kernels = source(data, arch, setup.device, precision, tp)
+        fitted = Fitted.of(name, setup, kernels.parts(setup.kv_tokens_max, 8192))
         return assemble(
             name,
             "llm",
@@ -62,10 +64,10 @@ def composed_llm(arch: Architecture, device: str, precision: Precision, tp: int)
             Engine("vllm", kernels.version),
             fitted,
             _kernel_source(),
-            checks.of_composed(data, name, kernels, fitted.time),
+            checks.of_composed(data, name, kernels, fitted.time.law()),
             [
                 "No CPU time: the scheduler is taken to hide behind the GPU (overhead_us 0).",
-                "No prefill over cached context was measured; its attention is the fitted cost per pair A.",
+                "No prefill over cached context was measured; its attention is the fitted cost per pair.",
                 f"In mixed steps decode attention costs {kernels.small.mixed_attention:.2f} times its time alone: the "
                 "median on an RTX 4090 and an RTX PRO 6000 (vLLM 0.19), taken over to this GPU.",
                 "Norms, rotary embedding, activation and sampler: launch floors of the same two GPUs, or bytes over "
@@ -77,40 +79,50 @@ def composed_llm(arch: Architecture, device: str, precision: Precision, tp: int)
     return build
 
 
-def composed_rtx4090(name: str, data: Path) -> Profile:
-    """Llama-3.1-8B on an RTX 4090 from per-layer kernel profiles: the source behind the data set's composed table."""
-    setup = Setup(LLAMA_31_8B, RTX4090, BF16, 1)
-    fitted = Fitted.of(name, setup, LayerProfile(data, "RTX4090", LLAMA_31_8B.layers).phases(setup.kv_tokens_max))
-    method = f"per-layer CUDA kernel times (eager) summed over the layers, mixed attention measured as such; {FIT}"
-    return assemble(
-        name,
-        "llm",
-        setup,
-        Engine("vllm", "0.19.0"),
-        fitted,
-        Source("composed", [SMALL_OPS], [LLMSERVINGSIM], "MIT", "not stated in the source", method),
-        checks.of_rtx4090(data, fitted.time, setup.kv_tokens_max),
-        [
-            "No CPU time: the scheduler is taken to hide behind the GPU (overhead_us 0).",
-            "Bandwidth, peak FLOPS and TDP are from NVIDIA's data sheet; hardware_specs.csv has no such row.",
-            "A chunk of few tokens on a long cached context reads the whole context, which the form has no term for: "
-            "16 tokens on 16,384 take two thirds more than the floor. That is the tail of the prefill and mixed errors.",
-        ],
-    )
+def profiled_llm(arch: Architecture, gpu: str, device: str, tp: int) -> Recipe:
+    """An LLM from vLLM 0.19's per-layer kernel profile: the source behind the data set's composed table."""
+
+    def build(name: str, data: Path) -> Profile:
+        setup = Setup(arch, read_device(data, device, BF16), BF16, tp)
+        fitted = Fitted.of(name, setup, LayerProfile(data, gpu, arch, tp).parts())
+        method = f"per-layer CUDA kernel times (eager) summed over the layers, mixed attention measured as such; {FIT}"
+        files, origin = [SMALL_OPS], [LLMSERVINGSIM]
+        if tp > 1:
+            files, origin = [*files, OPS], [*origin, AICONFIGURATOR]
+        return assemble(
+            name,
+            "llm",
+            setup,
+            Engine("vllm", "0.19.0"),
+            fitted,
+            Source("composed", files, origin, "MIT", "not stated in the source", method),
+            checks.of_rtx4090(data, fitted.time.law(), setup.kv_tokens_max) if gpu == "RTX4090" else [],
+            [
+                "No CPU time: the scheduler is taken to hide behind the GPU (overhead_us 0).",
+                "One chunk at a time was measured. Several are taken to cost what their pairs cost, and those that are "
+                "bound by reading their context to fill half of the GPU each.",
+                *([ALL_REDUCE] if tp > 1 else []),
+                *([EXPERTS] if arch.experts else []),
+                *([EXPERTS_TP] if arch.experts and tp > 1 else []),
+                *NOTES.get(name, []),
+            ],
+        )
+
+    return build
 
 
 def measured_llm(arch: Architecture, model: str, tp: int, file: str, origin: str, version: str, date: str) -> Recipe:
-    """An LLM from whole engine steps timed on A100-80GB; rows marked SUSPECT are left out, as the data set asks."""
+    """An LLM from whole iterations timed on A100-80GB; rows marked SUSPECT are left out, as the data set asks."""
 
     def build(name: str, data: Path) -> Profile:
         setup = Setup(arch, read_device(data, "a100_sxm", FP16), FP16, tp)
         rows = pd.read_parquet(data / file)
         rows = rows[(rows.model == model) & (rows.tensor_parallel == tp)]
         note = rows.note.fillna("")
-        # Eight and more prompts at once may have run as several engine steps: the source cannot say.
+        # Eight and more prompts at once may have run as several iterations: the source cannot say.
         rows = rows[~note.str.startswith("SUSPECT") & ~note.str.startswith("prompt batch may be")]
-        fitted = Fitted.of(name, setup, _phases(rows))
-        method = f"whole engine steps; decode is the time per output token, context its mean over the run; {FIT}"
+        fitted = Fitted.of_iterations(name, setup, *checks.measured_iterations(rows))
+        method = f"whole iterations; decode is the time per output token, context its mean over the run; {FIT}"
         return assemble(
             name,
             "llm",
@@ -118,9 +130,9 @@ def measured_llm(arch: Architecture, model: str, tp: int, file: str, origin: str
             Engine("vllm", version),
             fitted,
             Source("measured", [file], [origin], "MIT", date, method),
-            checks.of_measured(Kernels(data, arch, setup.device, FP16, tp), fitted.time),
+            checks.of_measured(Kernels(data, arch, setup.device, FP16, tp), fitted.time.law()),
             [
-                "Mixed steps were not measured: mixed_permille 1000 adds the decode terms unchanged.",
+                "Mixed iterations were not measured: prefill and decode attention add up, over one curve for all tokens.",
                 "The precision is not stated in the source; 16 bits are assumed for weights and KV cache.",
                 "Batch and context were varied one at a time: their joint effect is the sum of the two terms.",
                 *NOTES.get(name, []),
@@ -136,7 +148,7 @@ def composed_encoder(arch: Architecture, device: str) -> Recipe:
     def build(name: str, data: Path) -> Profile:
         setup = Setup(arch, read_device(data, device, BF16), BF16, 1)
         kernels = Kernels(data, arch, setup.device, BF16, 1)
-        fitted = Fitted.of(name, setup, kernels.phases(0, 16384))
+        fitted = Fitted.of(name, setup, kernels.parts(0, 16384))
         return assemble(
             name,
             "embedding",
@@ -191,15 +203,16 @@ def embedding_from_throughput(arch: Architecture, row: Throughput, gpu: str | No
         else:
             setup = Setup(arch, Device(row.short_device, 0.0, math.inf, math.inf, 0.0), FP32, 1)
             floor_us, floor = FLOOR_TOKENS * token_us, f"{FLOOR_TOKENS} tokens at the measured rate: a guess"
+        knee = math.ceil(floor_us / token_us)
         time = TimeModel(
-            prefill_floor_us=rounded(floor_us),
-            prefill_base_us=0.0,
-            prefill_per_token_us=rounded(token_us),
-            prefill_per_token2_ns=rounded_ns(pair_ns),
+            token=Curve(
+                [1, knee, 2 * knee], [rounded(us) for us in (knee * token_us, knee * token_us, 2 * knee * token_us)]
+            ),
+            prefill=Prefill(Curve([1], [0.0]), rounded_ns(pair_ns)),
         )
         # The benchmark sent 256 sentences a request; the server's own batches lay between one sentence and that.
         batch = Steps.of([prefill(256, length, 0, 256 * length * 1e6 / rate)])
-        bound = round(check_bounds(time, batch, setup.limits), 3)
+        bound = round(check_bounds(time.law(), batch, setup.limits, embedding=True), 3)
         method = (
             f"one rate, {rate:g} tokens/s over HTTP at {length} tokens a sentence ({rows[0]['derivation']}); "
             f"{100 * share:.1f} % of it given to attention by FLOPs"
@@ -216,8 +229,8 @@ def embedding_from_throughput(arch: Architecture, row: Throughput, gpu: str | No
                 "Measured is one number, the rate of large batches of long sentences. No point is held out, so there "
                 "is no error table.",
                 "Attention and linear layers are taken to run at one FLOP rate; that sets how cost grows with length.",
-                f"prefill_floor_us is assumed: {floor}.",
-                "No fixed cost per batch (prefill_base_us 0); the rate includes HTTP and tokenisation.",
+                f"The least time of a batch is assumed: {floor}.",
+                "No fixed cost per batch; the rate includes HTTP and tokenisation.",
                 *NOTES.get(name, []),
             ],
         )
@@ -232,18 +245,29 @@ SENTENCE_TOKENS = 449
 
 FLOOR_TOKENS = 32
 COMPOSITION = "GEMM, attention and all-reduce kernel times summed over the layers, LM head and sampler added"
-FIT = "least squares on relative error, no coefficient below the hardware's bound, a quarter of the conditions held out"
+FIT = (
+    "times at knots by least squares on relative error; the errors are those of the same fit on three quarters of the "
+    "conditions"
+)
+ALL_REDUCE = (
+    "All-reduce was not profiled: two of them in a layer, at the times of two L40S on PCIe 4 (measured, vLLM 0.14, CUDA "
+    "graph) for half the message, because the RTX PRO 6000 has PCIe 5."
+)
+EXPERTS = (
+    "The number of experts that T tokens use is E (1 - (1 - k/E)^T): a gate that spreads tokens evenly. A trained gate "
+    "uses fewer."
+)
+EXPERTS_TP = "Experts were profiled at TP 1 only: half of that time, as they are bound by reading weights."
 
 NOTES = {
     "llama-3.1-8b-h200-fp8-tp1": [
         "Weights and matrix multiplications in FP8, KV cache in bf16; the fastest FP8 kernel of each shape; activation "
         "quantisation is not counted.",
-        "The FP8 kernels take up to 3 times as long for 257 tokens as for 256 and less again for 512; the line between "
-        "cannot follow that, hence the prefill error.",
+        "The FP8 kernels take up to twice as long for 257 tokens as for 256 and less again for 512, because 257 is not a "
+        "multiple of 16. Sizes between are taken to lie between; an engine that pads its batches is faster there.",
     ],
-    "llama-2-70b-a100-tp8": [
-        "All-reduce of eight A100 takes three times as long for 8 MiB as for 4 MiB, so the line is 10-15 % too fast "
-        "around 512 prompt tokens.",
+    "llama-3.1-8b-rtx4090-tp1": [
+        "Bandwidth, peak FLOPS and TDP are from NVIDIA's data sheet; hardware_specs.csv has no such row.",
     ],
     "llama-3.1-8b-a100-tp4-sageserve": [
         "Four GPUs are slower than two in this source (the interconnect is not stated): that machine's times.",
@@ -273,7 +297,12 @@ RECIPES: dict[str, Recipe] = {
     "llama-3.1-8b-h100-tp1": composed_llm(LLAMA_31_8B, "h100_sxm", BF16, 1),
     "llama-3.1-8b-h200-fp8-tp1": composed_llm(LLAMA_31_8B, "h200_sxm", FP8, 1),
     "llama-3.1-8b-l40s-tp1": composed_llm(LLAMA_31_8B, "l40s", BF16, 1),
-    "llama-3.1-8b-rtx4090-tp1": composed_rtx4090,
+    "llama-3.1-8b-rtx4090-tp1": profiled_llm(LLAMA_31_8B, "RTX4090", "rtx4090", 1),
+    **{
+        f"{short}-rtxpro6000-tp{tp}": profiled_llm(arch, "RTXPRO6000", "rtx_pro_6000_server", tp)
+        for short, arch in (("llama-3.1-8b", LLAMA_31_8B), ("qwen3-32b", QWEN3_32B), ("qwen3-30b-a3b", QWEN3_30B_A3B))
+        for tp in (1, 2)
+    },
     "llama-3.1-8b-a100-tp2-sageserve": measured_llm(LLAMA_31_8B, "Llama-3.1-8B", 2, *_SAGESERVE),
     "llama-3.1-8b-a100-tp4-sageserve": measured_llm(LLAMA_31_8B, "Llama-3.1-8B", 4, *_SAGESERVE),
     "llama-2-70b-a100-tp4": composed_llm(LLAMA_2_70B, "a100_sxm", BF16, 4),
@@ -297,17 +326,4 @@ def _kernel_source() -> Source:
         licence="Apache-2.0, MIT",
         date="not stated in the source",
         method=f"{COMPOSITION}; {FIT}",
-    )
-
-
-def _phases(rows: pd.DataFrame) -> Phases:
-    """Decode and prefill steps of a table of measured iterations (no prompt there has cached context)."""
-    decoding, prompts = rows[rows.phase == "decode"], rows[rows.phase == "prefill"]
-    sizes = decoding[["batch_size", "context_tokens", "time_ms"]].itertuples(index=False)
-    chunks = prompts[["batch_size", "prompt_tokens", "time_ms"]].itertuples(index=False)
-    return Phases(
-        decode=Steps.of(decode(seqs, seqs * context, time_ms * 1e3) for seqs, context, time_ms in sizes),
-        prefill=Steps.of(prefill(batch, tokens, 0, time_ms * 1e3) for batch, tokens, time_ms in chunks),
-        mixed=Steps.of([]),
-        prompts=span(prompts.prompt_tokens.to_numpy(np.float64)),
     )
