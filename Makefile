@@ -36,7 +36,7 @@ PYTEST := $(BIN)/python -m pytest -c tools/pytest.ini --rootdir=. -o cache_dir=.
 
 .PHONY: help
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
 
 .PHONY: demo
 demo: install  ## install, compare the policies on a mixed chat + embedding load, draw the figures
@@ -75,6 +75,12 @@ format: install  ## rewrite sources in the house style
 .PHONY: bench
 bench: install  ## decisions per CPU-second, simulated requests per CPU-second, peak memory -> results/bench/core.json
 	$(BIN)/python benchmarks/core.py
+
+.PHONY: bench-fidelity bench-sim
+bench-fidelity: install  ## how true the simulated engine is to measurements -> results/bench/fidelity.json
+	$(BIN)/python benchmarks/fidelity.py
+bench-sim: install  ## simulated requests per CPU-second by scale, peak memory, jump speed-up -> results/bench/sim.json
+	$(BIN)/python benchmarks/sim.py
 
 .PHONY: examples
 examples: install  ## run every example

@@ -78,11 +78,12 @@ def make_parts(config: RunConfig) -> Parts:
 
 def make_plane(config: RunConfig, truth: TruthOf | None = None) -> Plane:
     """A fresh control plane. ``truth``: for the oracle predictor only."""
-    chosen = make_policy(config).name
+    made = [make_policy(config)]
+    chosen = made[0].name
     policies: dict[str, Callable[[], Policy]] = {name: lambda name=name: preset(name) for name in PRESETS}  # type: ignore[misc]
 
     def active() -> Policy:
-        policy = make_policy(config)
+        policy = made.pop() if made else make_policy(config)
         if isinstance(policy.predict, Oracle) and truth is not None:
             policy.predict.bind(truth)
         return policy
@@ -277,8 +278,8 @@ def _check_memory(group: DeviceConfig, profiles: Mapping[str, Profile]) -> None:
         )
         if profile.hardware.memory_gib is not None:
             sizes.append(profile.hardware.memory_gib)
-    if sizes:
-        check_memory(f"{group.node}", round(min(sizes) * 2**30), needs)
+    if sizes:  # where the profiles are of different devices (a warning says so), the larger one is meant
+        check_memory(group.node, round(max(sizes) * 2**30), needs)
 
 
 def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
@@ -289,6 +290,9 @@ def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
         if not profile.errors
     ]
     for group in config.cluster.devices:
+        of = {profiles[engine.profile].hardware.device for engine in (group.llm, group.embed) if engine is not None}
+        if len(of) > 1:
+            found.append(f"node {group.node}: one device has engines with profiles of {' and '.join(sorted(of))}")
         if group.llm is not None:
             found += profiles[group.llm.profile].warn_outside(
                 seqs=group.llm.max_num_seqs, prefill_tokens=group.llm.max_num_batched_tokens

@@ -16,6 +16,8 @@ from sage_bench.figures.latency_rate import latency_rate
 from sage_bench.figures.slo_attainment import slo_attainment
 from sage_bench.figures.style import save
 from sage_bench.figures.timeline import timeline
+from sage_bench.metrics.devices import node_series
+from sage_bench.metrics.measure import window_of
 from sage_bench.metrics.saturation import Saturation
 from sage_bench.metrics.summary import Summary
 from sage_bench.results.schema import KINDS
@@ -62,6 +64,7 @@ def write(summary: Summary, out: Path, *, figures: bool = True) -> list[Path]:
         "means": summary.means,
         "verdicts": summary.verdicts,
         "saturation": _saturation_rows(summary),
+        "nodes": _node_rows(summary),
     }
     written = []
     try:
@@ -118,6 +121,25 @@ def _saturation_rows(summary: Summary) -> pd.DataFrame:
         for policy, point in sweep.points.items()
     ]
     return pd.DataFrame(rows, columns=["experiment", "source", "condition", "policy", *Saturation._fields])
+
+
+def _node_rows(summary: Summary) -> pd.DataFrame:
+    """Utilisation of each node over the arrival window of each run."""
+    frames = []
+    for condition in summary.conditions:
+        for policy, runs in condition.arms.items():
+            for run in runs:
+                requests = run.frame("requests", ("scheduled_ns", "ended_ns", "warmup"))
+                window = window_of(run, requests[~requests["warmup"]])
+                frame = node_series(run, window.start_ns, window.arrivals_end_ns)
+                facts = (condition.experiment, condition.source, condition.label, policy, run.manifest.run_id)
+                for i, (name, fact) in enumerate(zip(_RUN, facts, strict=True)):
+                    frame.insert(i, name, fact)
+                frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+_RUN: Final = ("experiment", "source", "condition", "policy", "run_id")
 
 
 def _markdown(summary: Summary) -> str:

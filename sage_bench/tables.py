@@ -47,6 +47,22 @@ _WAITING: Final = (
     "control_ns_per_request",
     "control_overhead",
 )
+_DEVICES: Final = (
+    "utilisation_sd",
+    "idle_ns",
+    "idle_gaps",
+    "idle_gap_ns_max",
+    "tokens_per_s",
+)
+_EXPENSE: Final = (
+    "cost_per_1k",
+    "cost_per_1m_tokens",
+    "cost_per_1m_output_tokens",
+    "power_w",
+    "energy_j_per_1k",
+    "energy_j_per_1m_tokens",
+    "energy_j_per_1m_output_tokens",
+)
 _LATENCIES: Final = (
     "slo_attainment",
     "ttft_ns_p50",
@@ -69,7 +85,16 @@ _OVERVIEW: Final = (
     ("e2e_ns_p95", "generate"),
     ("e2e_ns_p95", "embedding"),
 )
-_DEFINED: Final = ("slo_attainment", "goodput_rps", "throughput_rps", "utilisation", *_QUEUEING, *_WAITING[-2:])
+_DEFINED: Final = (
+    "slo_attainment",
+    "goodput_rps",
+    "throughput_rps",
+    "utilisation",
+    *_QUEUEING,
+    *_WAITING[-2:],
+    *_DEVICES,
+    *_EXPENSE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +148,12 @@ def _policies(summary: Summary, condition: Condition) -> Iterator[Sheet]:
         ("", _SERVICE),
         (": queueing and fairness", _QUEUEING),
         (": time queued, and in the plane", _WAITING),
+        (": devices", _DEVICES),
+        (": cost and energy", _EXPENSE),
     ):
         names = [name for name in wanted if has(of, ALL, name)]
+        if not names:
+            continue
         rows = [
             [policy, str(len(runs)), *(_cell(of, policy, ALL, name) for name in names)]
             for policy, runs in condition.arms.items()

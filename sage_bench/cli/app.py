@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sage_bench.cli import doctor, policy, profile, replay, report, run, trace
+from sage_bench.cli import doctor, policy, profile, replay, report, run, trace, validate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -12,11 +12,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Simulate and measure control planes for LLM and embedding serving.",
     epilog="Exit codes: 0 done, 2 configuration, 3 data file, 4 policy, 5 backend, 6 our defect, 7 replay diverged, "
-    "8 output cannot be written, 130 interrupted.",
+    "8 output cannot be written, 9 not as true to a measured run as asked, 130 interrupted.",
 )
 app.command("run", context_settings=run.CONTEXT, add_help_option=False)(run.command)
 app.command("report")(report.command)
 app.command("replay")(replay.command)
+app.command("validate")(validate.command)
 app.command("doctor")(doctor.doctor)
 app.add_typer(trace.app, name="trace", help="Import, inspect and synthesise traces.")
 app.add_typer(profile.app, name="profile", help="Calibrated profiles: list and show.")

@@ -71,9 +71,19 @@ METRICS: Final = {
         Metric("jain_service", "Jain service", "", 1, "higher", "Jain index over tenants of (responded by the end of the arrival window / offered)"),
         Metric("jain_slo", "Jain SLO", "", 1, "higher", "Jain index over tenants of SLO attainment"),
         Metric("utilisation", "busy", "%", 0.01, None, "time a replica had work, of its time in the arrival window, mean over replicas"),
+        Metric("utilisation_sd", "busy sd", "%", 0.01, "lower", "standard deviation over nodes of their mean utilisation (its square is the variance)"),
+        Metric("idle_ns", "idle", "s", SECOND, None, "time without any task, of its time in the arrival window, summed over devices with an engine"),
+        Metric("idle_gaps", "gaps", "", 1, None, "number of such idle stretches"),
+        Metric("idle_gap_ns_max", "gap max", "s", SECOND, None, "longest such idle stretch"),
         Metric("control_ns_per_request", "in the plane", "us/req", 1000, None, "CPU time spent inside the control plane, per request of the run"),
         Metric("control_overhead", "overhead", "%", 0.01, None, "time in the plane per request / mean E2E"),
         Metric("cost_per_1k", "cost", "USD/1k", 1, "lower", "price of the cluster over the makespan, per 1,000 responded requests"),
+        Metric("cost_per_1m_tokens", "cost tok", "USD/1M", 1, "lower", "the same price per million input and output tokens of responded requests"),
+        Metric("cost_per_1m_output_tokens", "cost out", "USD/1M", 1, "lower", "the same price per million output tokens of responded requests"),
+        Metric("power_w", "power", "kW", 1000, "lower", "energy of the devices over the whole run / its duration"),
+        Metric("energy_j_per_1k", "energy", "kJ/1k", 1000, "lower", "energy of the devices over the whole run, per 1,000 responded requests of the whole run"),
+        Metric("energy_j_per_1m_tokens", "energy tok", "kJ/1M", 1000, "lower", "the same energy per million input and output tokens of responded requests"),
+        Metric("energy_j_per_1m_output_tokens", "energy out", "kJ/1M", 1000, "lower", "the same energy per million output tokens of responded requests"),
     ]
 }  # fmt: skip
 """By name, in the order of the tables."""
@@ -86,8 +96,18 @@ OVERALL: Final = (
     "jain_service",
     "jain_slo",
     "utilisation",
+    "utilisation_sd",
+    "idle_ns",
+    "idle_gaps",
+    "idle_gap_ns_max",
     "control_ns_per_request",
     "control_overhead",
     "cost_per_1k",
+    "cost_per_1m_tokens",
+    "cost_per_1m_output_tokens",
+    "power_w",
+    "energy_j_per_1k",
+    "energy_j_per_1m_tokens",
+    "energy_j_per_1m_output_tokens",
 )
 """Metrics of a whole run; a class of requests has none."""

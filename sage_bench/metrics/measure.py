@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 
 from sage_bench.metrics.definitions import LATENCIES
+from sage_bench.metrics.devices import device_metrics
+from sage_bench.metrics.energy import energy
 from sage_bench.metrics.fairness import jain
 from sage_bench.metrics.percentile import distribution
-from sage_bench.metrics.queueing import blocked, busy_ns, depth, overtaken
+from sage_bench.metrics.queueing import blocked, depth, overtaken
 from sage_bench.results.reader import Run
 from sage_bench.results.schema import KINDS, OUTCOMES
 from sage_core.errors import DataError
@@ -51,7 +53,7 @@ def measure(run: Run) -> pd.DataFrame:
     """One row per class of requests; columns :data:`CLASS`, the names in ``definitions.METRICS``, and ``<latency>_samples``.
 
     The first row is of all requests and alone has the metrics in ``definitions.OVERALL`` (NaN where the run has no
-    ``tasks.parquet``, one tenant, or no price). Raises :class:`DataError` if no row counts.
+    ``tasks.parquet``, one tenant, no price, or devices of unknown power). Raises :class:`DataError` if no row counts.
     """
     requests = run.frame("requests", _COLUMNS)
     counted = requests[~requests["warmup"]]
@@ -117,12 +119,27 @@ def _overall(run: Run, requests: pd.DataFrame, window: Window) -> dict[str, floa
     control_ns = run.manifest.control_s * 1e9 / len(requests)
     row["control_ns_per_request"] = control_ns
     row["control_overhead"] = control_ns / float(counted["e2e_ns"].mean())  # NaN where nothing was responded
-    price, responded = run.manifest.price_per_h, int((counted["outcome"] == "responded").sum())
-    if price is not None and responded:
-        row["cost_per_1k"] = price * window.makespan_s / 3600 / responded * 1000
+    price, duration_s = run.manifest.price_per_h, run.manifest.duration_ns / SECOND
+    row |= _per_work("cost", math.nan if price is None else price * window.makespan_s / 3600, counted)
+    # What engines did is known of the run as a whole, so its work is that of all rows, warm-up and cool-down included.
+    joules = energy(run.manifest).joules
+    row |= _per_work("energy_j", joules, requests)
+    row["power_w"] = joules / duration_s if duration_s else math.nan
     if run.has("tasks"):
         row |= _tasks(run, requests, window)
     return row
+
+
+def _per_work(name: str, spent: float, rows: pd.DataFrame) -> dict[str, float]:
+    """``spent`` (NaN: not known) per 1,000 responded requests and per million of their tokens; NaN where there are none."""
+    responded = rows[rows["outcome"] == "responded"]
+    output = int(responded["output_tokens"].sum())
+    work = {
+        f"{name}_per_1k": len(responded) / 1e3,
+        f"{name}_per_1m_tokens": (output + int(responded["input_tokens"].sum())) / 1e6,
+        f"{name}_per_1m_output_tokens": output / 1e6,
+    }
+    return {key: spent / amount if amount else math.nan for key, amount in work.items()}
 
 
 def _tasks(run: Run, requests: pd.DataFrame, window: Window) -> dict[str, float]:
@@ -147,26 +164,8 @@ def _tasks(run: Run, requests: pd.DataFrame, window: Window) -> dict[str, float]
         "queue_depth_max": most,
         "hol_blocked": int(np.count_nonzero(blocked(queued, dispatched, priority, pool) & during)),
         "overtaken": int(np.count_nonzero(overtaken(queued, dispatched, priority, pool) & during)),
-        "utilisation": _utilisation(run, tasks, window),
+        **device_metrics(run, tasks, window.start_ns, window.arrivals_end_ns),
     }
-
-
-def _utilisation(run: Run, tasks: pd.DataFrame, window: Window) -> float:
-    """Mean over the replicas of the manifest that were there during the arrival window."""
-    shares = []
-    on = dict(iter(tasks.groupby("replica")))
-    for fact in run.manifest.replicas:
-        start = max(fact.joined_ns, window.start_ns)
-        end = window.arrivals_end_ns if fact.left_ns is None else min(fact.left_ns, window.arrivals_end_ns)
-        if end <= start:
-            continue
-        rows = on.get(fact.replica)
-        if rows is None:
-            shares.append(0.0)
-            continue
-        ended = rows["ended_ns"].fillna(end).to_numpy(np.int64)  # null: still at it when the run ended
-        shares.append(busy_ns(rows["dispatched_ns"].to_numpy(), ended, start, end) / (end - start))
-    return float(np.mean(shares)) if shares else math.nan
 
 
 def _class_order(group: tuple[Any, pd.DataFrame]) -> tuple[Any, ...]:

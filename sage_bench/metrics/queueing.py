@@ -64,14 +64,19 @@ def overtaken(queued_ns: Column, dispatched_ns: Column, priority: Column, pool: 
 
 def busy_ns(began_ns: Column, ended_ns: Column, start_ns: int, end_ns: int) -> int:
     """Length of the union of the intervals ``[began, ended)`` within the window."""
-    began = np.clip(began_ns, start_ns, end_ns)
-    ended = np.clip(ended_ns, start_ns, end_ns)
+    return max(end_ns - start_ns, 0) - int(gaps_ns(began_ns, ended_ns, start_ns, end_ns).sum())
+
+
+def gaps_ns(began_ns: Column, ended_ns: Column, start_ns: int, end_ns: int) -> Column:
+    """Lengths of the stretches of the window that no interval ``[began, ended)`` covers, in order of time."""
+    if end_ns <= start_ns:
+        return np.empty(0, np.int64)
+    began, ended = np.clip(began_ns, start_ns, end_ns), np.clip(ended_ns, start_ns, end_ns)
     order = np.argsort(began, kind="stable")
-    began, ended = began[order], ended[order]
-    if not len(began):
-        return 0
-    reached = np.maximum.accumulate(np.concatenate([[start_ns], ended[:-1]]))
-    return int(np.sum(np.maximum(ended - np.maximum(began, reached), 0)))
+    order = order[ended[order] > began[order]]  # what takes no time ends no gap
+    began, ended = np.append(began[order], end_ns), np.append(start_ns, ended[order])
+    length: Column = began - np.maximum.accumulate(ended)
+    return length[length > 0]
 
 
 def _by_urgency(

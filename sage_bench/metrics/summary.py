@@ -12,6 +12,7 @@ import pandas as pd
 
 from sage_bench.metrics.compare import Condition, conditions, means, measured, verdicts
 from sage_bench.metrics.definitions import LATENCIES
+from sage_bench.metrics.energy import energy
 from sage_bench.metrics.measure import ALL
 from sage_bench.metrics.percentile import P99_SAMPLES_MIN
 from sage_bench.metrics.saturation import Saturation, flow, saturation
@@ -63,7 +64,24 @@ def summarise(runs: Runs, baseline: str | None = None) -> Summary:
     whole = rows[rows["tenant"] == ALL]
     if any((whole[f"{name}_p99"].isna() & whole[f"{name}_samples"].gt(0)).any() for name in LATENCIES):
         notes.append(f"a p99 needs {P99_SAMPLES_MIN} samples in a run; where there are fewer, none is given")
+    notes.extend(_expense_notes(found))
     return Summary(found, rows, means(rows), verdicts(rows), _sweeps(found), notes)
+
+
+def _expense_notes(found: Sequence[Condition]) -> list[str]:
+    """Why some runs have no energy or cost, and what energy rests on."""
+    manifests = [run.manifest for each in found for arm in each.arms.values() for run in arm]
+    reasons = dict.fromkeys(why for each in manifests for why in energy(each).unknown)
+    notes = [f"energy is not known: {why}" for why in reasons]
+    devices = [device for each in manifests for device in each.devices]
+    estimated = sorted({str(each.hardware) for each in devices if each.power is not None and not each.power.measured})
+    if estimated and not reasons:
+        notes.append(
+            f"energy: the busy power of {', '.join(estimated)} is taken over from other devices (see the manifest)"
+        )
+    if any(each.price_per_h is None for each in manifests):
+        notes.append("cost is not known: not every device has a price_per_h (cluster.devices)")
+    return notes
 
 
 def _same_decisions(found: Sequence[Condition]) -> list[str]:

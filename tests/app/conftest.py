@@ -113,7 +113,7 @@ def go(tmp_path: Path) -> Go:
 def recorded_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = tmp_path_factory.mktemp("recorded")
     overrides = ["experiment=mixed", "load.rate=60", "load.duration_s=4", "seed=5", f"results={results}"]
-    faults = "cluster.faults=[{at_s: 2.0, device: 1, restart_after_s: 1.0}]"
+    faults = "cluster.faults=[{at_s: 2.5, device: 1, restart_after_s: 1.0}]"
     return run(composed([*overrides, faults])).folder
 
 

@@ -140,8 +140,8 @@ class TestManifest:
         replicas = manifest["replicas"]
         assert [r["replica"] for r in replicas] == list(range(6))
         left = [r for r in replicas if r["left_ns"] is not None]
-        assert [(r["device"], r["left_ns"]) for r in left] == [(1, 2_000_000_000)]
-        assert [r["joined_ns"] for r in replicas if r["device"] == 1] == [0, 3_000_000_000]
+        assert [(r["device"], r["left_ns"]) for r in left] == [(1, 2_500_000_000)]
+        assert [r["joined_ns"] for r in replicas if r["device"] == 1] == [0, 3_500_000_000]
 
     def test_overrides_and_price(self, go: Go) -> None:
         result = go(*SMALL, "seed=3")

@@ -114,7 +114,7 @@ def test_everything_is_written_and_readable(tmp_path: Path, summary: Summary) ->
 def test_the_command_line_tells_where_things_are(tmp_path: Path, folder: Path) -> None:
     result = CliRunner().invoke(app, [str(folder / "mixed"), "--out", str(tmp_path / "o"), "--no-figures"])
     assert result.exit_code == 0, result.output
-    assert f"Tables: {tmp_path / 'o'}: runs.csv, means.csv, verdicts.csv, report.md" in result.output
+    assert f"Tables: {tmp_path / 'o'}: runs.csv, means.csv, verdicts.csv, nodes.csv, report.md" in result.output
     assert not (tmp_path / "o" / "figures").exists()
 
 
