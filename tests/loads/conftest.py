@@ -19,7 +19,14 @@ WriteTrace = Callable[..., Path]
 def write_trace(tmp_path: Path) -> WriteTrace:
     """``write_trace(arrival_s=..., kind=..., ...)``: a trace file of the given columns, the others filled in."""
 
-    def write(name: str = "trace.parquet", *, drop: str = "", row_group: int = 1000, **columns: Any) -> Path:
+    def write(
+        name: str = "trace.parquet",
+        *,
+        drop: str = "",
+        row_group: int = 1000,
+        metadata: Mapping[str, str] | None = None,
+        **columns: Any,
+    ) -> Path:
         n = max((len(column) for column in columns.values()), default=4)
         given: Mapping[str, Any] = {
             "arrival_s": [0.5 * i for i in range(n)],
@@ -29,9 +36,8 @@ def write_trace(tmp_path: Path) -> WriteTrace:
             **columns,
         }
         path = tmp_path / name
-        pq.write_table(
-            pa.table({key: value for key, value in given.items() if key != drop}), path, row_group_size=row_group
-        )
+        table = pa.table({key: value for key, value in given.items() if key != drop}, metadata=metadata)
+        pq.write_table(table, path, row_group_size=row_group)
         return path
 
     return write
