@@ -25,6 +25,7 @@ from sage_core.slo import SloTable
 from sage_policies.predict import Oracle
 from sage_policies.presets import PRESETS, preset
 from sage_sim.device import ColumnRecorder, Device, MakeDevice, Recorder
+from sage_sim.disaggregated import DisaggregatedDevice, KvLink
 from sage_sim.driver import SimDriver
 from sage_sim.engine import EmbedReplica, LlmReplica, SimulatedDevice
 from sage_sim.memory import ReplicaMemory, check_memory, llm_memory
@@ -206,10 +207,7 @@ def price_per_h(config: RunConfig) -> float | None:
 
 
 def _profile_names(config: RunConfig) -> list[str]:
-    engines: list[LlmConfig | EmbedConfig] = []
-    for group in config.cluster.devices:
-        engines += [engine for engine in (group.llm, group.embed) if engine is not None]
-    return sorted({engine.profile for engine in engines})
+    return sorted({engine.profile for group in config.cluster.devices for engine in group.engines})
 
 
 def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
@@ -229,20 +227,23 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
     kinds: dict[str, str] = {}
     for index, group in enumerate(config.cluster.devices):
         at = f"cluster.devices[{index}]"
-        for engine_kind, engine in (("llm", group.llm), ("embedding", group.embed), ("operator", group.operator)):
+        if group.disaggregated is not None and (group.llm or group.embed or group.operator or group.mps):
+            raise ConfigError(f"{at}.disaggregated: stands for devices of its own; list other engines apart")
+        replica = group.llms[-1] if group.llms else None
+        for engine_kind, engine in (("llm", replica), ("embedding", group.embed), ("operator", group.operator)):
             if engine is not None and kinds.setdefault(engine.pool, engine_kind) != engine_kind:
                 raise ConfigError(
                     f"{at}: pool {engine.pool!r} has {kinds[engine.pool]} replicas, so no {engine_kind} replica can join it"
                 )
         if group.operator is not None and (group.llm is not None or group.embed is not None):
             raise ConfigError(f"{at}: operator workers and engines do not share a device; list them apart")
-        if group.operator is None and group.llm is None and group.embed is None:
-            raise ConfigError(f"{at}: expected llm, embed or operator")
-        for role, engine in (("llm", group.llm), ("embed", group.embed)):
-            wanted = "llm" if role == "llm" else "embedding"
-            if engine is not None and profiles[engine.profile].kind != wanted:
+        if group.operator is None and not group.engines:
+            raise ConfigError(f"{at}: expected llm, embed, disaggregated or operator")
+        for each in group.engines:
+            role, wanted = ("llm", "llm") if isinstance(each, LlmConfig) else ("embed", "embedding")
+            if profiles[each.profile].kind != wanted:
                 raise ConfigError(
-                    f"{at}.{role}.profile: {engine.profile} is of kind {profiles[engine.profile].kind}, expected {wanted}"
+                    f"{at}.{role}.profile: {each.profile} is of kind {profiles[each.profile].kind}, expected {wanted}"
                 )
         if group.mps is not None and (group.llm is None or group.embed is None):
             raise ConfigError(f"{at}.mps: shares are for an LLM and an embedding engine on one device; it has only one")
@@ -258,12 +259,15 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
 
 
 def _check_memory(group: DeviceConfig, profiles: Mapping[str, Profile]) -> None:
-    """What two engines share must hold both; one alone is held to the profile's own account (``Profile.kv_tokens``)."""
+    """A device must hold what is placed on it. Engines of a disaggregated replica have devices of their own."""
+    if group.disaggregated is not None:
+        for llm in group.llms:
+            _check_memory(DeviceConfig(node=group.node, llm=llm), profiles)
+        return
     needs: list[ReplicaMemory] = []
     sizes: list[float] = []
-    for name, engine in (("llm", group.llm), ("embed", group.embed)):
-        if engine is None:
-            continue
+    for engine in group.engines:
+        name = "llm" if isinstance(engine, LlmConfig) else "embed"
         profile = profiles[engine.profile]
         memory = profile.memory
         needs.append(
@@ -290,12 +294,12 @@ def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
         if not profile.errors
     ]
     for group in config.cluster.devices:
-        of = {profiles[engine.profile].hardware.device for engine in (group.llm, group.embed) if engine is not None}
-        if len(of) > 1:
+        of = {profiles[engine.profile].hardware.device for engine in group.engines}
+        if len(of) > 1 and group.disaggregated is None:
             found.append(f"node {group.node}: one device has engines with profiles of {' and '.join(sorted(of))}")
-        if group.llm is not None:
-            found += profiles[group.llm.profile].warn_outside(
-                seqs=group.llm.max_num_seqs, prefill_tokens=group.llm.max_num_batched_tokens
+        for llm in group.llms:
+            found += profiles[llm.profile].warn_outside(
+                seqs=llm.max_num_seqs, prefill_tokens=llm.max_num_batched_tokens
             )
         if group.embed is not None:
             found += profiles[group.embed.profile].warn_outside(prefill_tokens=group.embed.max_batch_tokens)
@@ -329,6 +333,17 @@ def _device_maker(
                     input_token_ns=_ns(o.input_token_s),
                     output_tokens=o.output_tokens,
                 ),
+            )
+        if (apart := group.disaggregated) is not None:
+            memory = profiles[apart.prefill.profile].memory
+            return DisaggregatedDevice(
+                number,
+                group.node,
+                [_llm_replica(apart.prefill, replica, profiles[apart.prefill.profile])] * apart.prefill_engines,
+                [_llm_replica(apart.decode, replica, profiles[apart.decode.profile])] * apart.decode_engines,
+                KvLink(memory.kv_bytes_per_token, round(apart.link.gb_per_s * 1e9), _ns(apart.link.latency_s)),
+                truths.output_tokens,
+                reference,
             )
         llm = embed = None
         if group.llm is not None:

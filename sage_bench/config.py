@@ -120,10 +120,28 @@ class OperatorConfig(_Strict, frozen=True):
     output_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
+class KvLinkConfig(_Strict, frozen=True):
+    """What keys and values travel over, from each prefill engine."""
+
+    gb_per_s: Annotated[float, msgspec.Meta(gt=0)]  # 10^9 bytes
+    latency_s: Seconds = 0.0
+
+
+class DisaggregatedConfig(_Strict, frozen=True):
+    """Prefill and decode on engines of their own, one replica to the plane (sage_sim.disaggregated)."""
+
+    prefill: LlmConfig
+    decode: LlmConfig
+    link: KvLinkConfig
+    prefill_engines: Positive = 1
+    decode_engines: Positive = 1
+
+
 class DeviceConfig(_Strict, frozen=True):
     """``count`` equal devices on one node, each with an LLM engine, an embedding engine, or both; or CPU workers.
 
-    Two engines take turns, iteration by iteration, unless ``mps`` gives each a share of the device.
+    Two engines take turns, iteration by iteration, unless ``mps`` gives each a share of the device. ``disaggregated``
+    stands for several devices that are one replica; ``price_per_h`` is then of all of them.
     """
 
     node: str
@@ -132,7 +150,20 @@ class DeviceConfig(_Strict, frozen=True):
     embed: EmbedConfig | None = None
     operator: OperatorConfig | None = None
     mps: MpsConfig | None = None
+    disaggregated: DisaggregatedConfig | None = None
     price_per_h: Usd | None = None  # USD, of one device
+
+    @property
+    def llms(self) -> list[LlmConfig]:
+        """Its LLM engines, one of each kind."""
+        if self.disaggregated is not None:
+            return [self.disaggregated.prefill, self.disaggregated.decode]
+        return [] if self.llm is None else [self.llm]
+
+    @property
+    def engines(self) -> list[LlmConfig | EmbedConfig]:
+        """Those and its embedding engine."""
+        return [*self.llms, *([] if self.embed is None else [self.embed])]
 
 
 class ClusterConfig(_Strict, frozen=True):
@@ -246,6 +277,10 @@ _STRUCTS: Final[dict[str, type]] = {
     "cluster.devices[...].llm.speculative": SpeculativeConfig,
     "cluster.devices[...].llm.host": HostConfig,
     "cluster.devices[...].mps": MpsConfig,
+    "cluster.devices[...].disaggregated": DisaggregatedConfig,
+    "cluster.devices[...].disaggregated.link": KvLinkConfig,
+    "cluster.devices[...].disaggregated.prefill": LlmConfig,
+    "cluster.devices[...].disaggregated.decode": LlmConfig,
     "cluster.devices[...].embed": EmbedConfig,
     "cluster.devices[...].operator": OperatorConfig,
     "cluster.network": NetworkConfig,

@@ -158,10 +158,11 @@ def _left_profiles(parts: Parts, usage: Mapping[int, ReplicaUsage], replicas: Se
     largest: dict[str, Seen] = {}
     for row in replicas:
         group = groups[row["device"]]
-        engine = group.llm if row["pool_kind"] == PoolKind.LLM else group.embed
-        if engine is not None and row["replica"] in usage:
-            pairs = zip(largest.get(engine.profile, Seen()), usage[row["replica"]].seen, strict=True)
-            largest[engine.profile] = Seen(*(max(pair) for pair in pairs))
+        engines = group.llms if row["pool_kind"] == PoolKind.LLM else [group.embed]
+        for engine in engines if row["replica"] in usage else []:
+            if engine is not None:
+                pairs = zip(largest.get(engine.profile, Seen()), usage[row["replica"]].seen, strict=True)
+                largest[engine.profile] = Seen(*(max(pair) for pair in pairs))
     found: list[str] = []
     for name, seen in sorted(largest.items()):
         found += parts.profiles[name].warn_outside(
@@ -207,7 +208,7 @@ def _why_failed(folder: Path, parts: Parts) -> list[str]:
     served = {
         engine.pool
         for group in parts.config.cluster.devices
-        for engine in (group.llm, group.embed, group.operator)
+        for engine in (*group.engines, group.operator)
         if engine is not None
     }
     needed = {stage.op.pool for pipeline in parts.pipelines.values() for stage in pipeline.stages}

@@ -25,15 +25,20 @@ def usage_fact(usage: ReplicaUsage | None) -> UsageFact | None:
 
 
 def _device(number: int, group: DeviceConfig, profiles: Mapping[str, Profile]) -> DeviceFact:
-    of = [profiles[engine.profile].hardware for engine in (group.llm, group.embed) if engine is not None]
+    of = [profiles[engine.profile].hardware for engine in group.engines]
     names = sorted({each.device for each in of})
-    count = max((each.count for each in of), default=1)
-    power, why = _power(names, count)
+    busy = count = max((each.count for each in of), default=1)
+    if (apart := group.disaggregated) is not None:
+        prefill, decode = of
+        count = apart.prefill_engines * prefill.count + apart.decode_engines * decode.count
+        if prefill.count != decode.count:
+            busy = 0
+    power, why = _power(names, count, busy)
     return DeviceFact(number, group.node, names[0] if len(names) == 1 else None, count, power, why, group.price_per_h)
 
 
-def _power(names: list[str], count: int) -> tuple[PowerFact | None, str | None]:
-    """The power of ``count`` devices, or why it is not known."""
+def _power(names: list[str], count: int, busy: int) -> tuple[PowerFact | None, str | None]:
+    """The power of ``count`` devices, of which ``busy`` work on one iteration, or why it is not known."""
     if not names:
         return None, "CPU workers have no power model"
     if len(names) > 1:
@@ -44,5 +49,8 @@ def _power(names: list[str], count: int) -> tuple[PowerFact | None, str | None]:
     idle_w, prefill_w, decode_w = facts.idle_w, facts.prefill_w, facts.decode_w
     if facts.power is None or idle_w is None or prefill_w is None or decode_w is None:
         return None, f"the power of {names[0]} is not known (sage_sim/hardware.yaml)"
-    watts = (count * idle_w, count * prefill_w, count * decode_w)
+    if not busy:
+        return None, "its prefill and decode engines run on different numbers of devices"
+    idle = count * idle_w
+    watts = (idle, idle + busy * (prefill_w - idle_w), idle + busy * (decode_w - idle_w))
     return PowerFact(*watts, measured=facts.power.measured, source=facts.power.source), None

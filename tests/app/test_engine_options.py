@@ -114,3 +114,23 @@ class TestSharedDevice:
 def test_a_run_that_leaves_its_profile_says_so(go: Go) -> None:
     result = go(*ONE, "load.requests=3", "load.classes.chat.input_tokens.value=60000", cluster(", kv_tokens: 200000"))
     assert any("prompt_tokens = " in warning and "is extrapolated" in warning for warning in result.warnings)
+
+
+class TestDisaggregated:
+    APART = (
+        "cluster.devices=[{{node: gpu, price_per_h: 20.0, disaggregated: {{prefill: {{profile: llama-3.1-8b-h100-tp1}}, "
+        "decode: {{profile: llama-3.1-8b-h100-tp1}}, prefill_engines: 2, link: {{gb_per_s: {}, latency_s: 0.001}}}}}}]"
+    )
+
+    def test_keys_and_values_take_their_time(self, go: Go) -> None:
+        fast, slow = both(go, *ONE, self.APART.format(400.0)), go(*ONE, self.APART.format(1.0))
+        # 512 tokens of 131,072 bytes: 67 ms over 1 GB/s, and some wait for the link.
+        assert 66 < mean_ms(slow, "ttft_ns") - mean_ms(fast, "ttft_ns") < 95
+        (device,) = read_manifest(fast.folder).devices
+        assert device.count == 3
+        assert device.power is not None and device.power.idle_w < device.power.prefill_w
+
+    def test_it_stands_for_itself(self, go: Go) -> None:
+        embed = self.APART.format(1.0).replace("disaggregated:", "embed: {profile: bge-m3-h100}, disaggregated:")
+        with pytest.raises(ConfigError, match=r"devices\[0\]\.disaggregated: stands for devices of its own"):
+            go(*ONE, embed)
