@@ -31,8 +31,8 @@ TYPICAL_SEQS = 32
 
 @dataclass(frozen=True, slots=True)
 class LlmReplica:
-    """An LLM engine; names as in vLLM, defaults those of vLLM 0.19. Spans are in ns; what each rule does is in
-    :mod:`sage_sim.engine_reference`. Raises ConfigError.
+    """An LLM engine; names as in vLLM. Spans are in ns; what each rule does is in :mod:`sage_sim.engine_reference`. The
+    defaults are those of vLLM 0.19, but for prefix_caching and async_scheduling, which it has on. Raises ConfigError.
 
     ``kv_blocks`` blocks of ``block_size`` tokens, as many as can be used: vLLM keeps one of its ``num_gpu_blocks`` back.
     priority_queue: lower priority value first, else FCFS. chunked_prefill: split prompts to fill the token budget.

@@ -11,7 +11,8 @@ from sage_core.commands import Cancel, Dispatch, Respond, Task
 from sage_core.errors import ConfigError, IllegalEvent
 from sage_core.events import AnyEvent, ReplicaReported, TaskFailed, TaskFinished, TokensProduced
 from sage_core.units import NEVER, Nanos, PoolKind, task_id
-from sage_sim.engine import EmbedReplica, LlmReplica, ReplicaUsage, SimulatedDevice
+from sage_sim.engine import EmbedReplica, LlmReplica, ReplicaUsage, SimulatedDevice, speed_hints
+from sage_sim.engine_reference import Seen
 from sage_sim.iteration import IterationTime, IterationWork
 
 # A prefill of up to 200 tokens takes 8 us, a decode iteration 6 us, 20 ns a sequence and 50 ps a token of context.
@@ -95,10 +96,15 @@ def test_report_and_usage_tell_nothing_away() -> None:
     assert at == 8_100
     simulated.report(at)
     assert simulated.step(at, ()) == [TokensProduced(task_id(1, 0), 1), TokensProduced(task_id(2, 0), 1)]
-    assert simulated.usage(Nanos(8_350)) == [ReplicaUsage(4, 8_100, 1, 0, 0, 0), ReplicaUsage(5, 250, 0, 0, 0, 0)]
+    assert simulated.usage(Nanos(8_350)) == [
+        ReplicaUsage(4, 8_100, 1, 0, 0, 0, prefill_busy_ns=8_100, seen=Seen(0, 0, 64, 32)),
+        ReplicaUsage(5, 250, 0, 0, 0, 0, prefill_busy_ns=250, tokens=32, padded_tokens=32),
+    ]
     drained(simulated)
     llm, embed = simulated.usage(Nanos(10**6))
     assert (llm.iterations, llm.itl_count, embed.iterations) == (5, 8, 1)
+    assert llm.prefill_busy_ns == 8_100 < llm.busy_ns
+    assert (llm.seen, embed.seen) == (Seen(2, 2 * 35, 64, 32), Seen(0, 0, 32, 32))
     assert sum(simulated.itl_samples().values()) == 8
 
 
@@ -119,6 +125,42 @@ def test_joined_hints_follow_the_law() -> None:
     assert first.output_token_ns + 7 * first.output_seq_ns == pytest.approx(seven_ns)
     assert (second.replica, second.pool_kind, second.kv_tokens_max) == (5, PoolKind.EMBEDDING, 0)
     assert second.fixed_ns + second.input_token_ns * 512 == pytest.approx(EMBED_TIME.batch_ps(512, 512**2) / 1000)
+
+
+def test_joined_hints_include_the_cpu() -> None:
+    cpu = dataclasses.replace(
+        LLM, api_server_ns=900, api_server_token_ns=3, detokenizer_token_ns=50, scheduler_ns=70, scheduler_seq_ns=2
+    )
+    was, now = speed_hints(LLM), speed_hints(cpu)
+    assert (now.fixed_ns - was.fixed_ns, now.input_token_ns - was.input_token_ns) == pytest.approx((950, 3))
+    assert (now.output_token_ns - was.output_token_ns, now.output_seq_ns - was.output_seq_ns) == pytest.approx((70, 2))
+    beside = speed_hints(dataclasses.replace(cpu, async_scheduling=True))
+    assert (beside.output_token_ns, beside.output_seq_ns) == (was.output_token_ns, was.output_seq_ns)
+
+
+def test_a_sequence_that_is_too_long_fails_in_the_same_step() -> None:
+    simulated = device(dataclasses.replace(LLM, max_model_len=40), output_tokens=9)
+    (event,) = simulated.step(Nanos(50), [Dispatch(4, (task(1),))])
+    assert isinstance(event, TaskFailed)
+    assert not event.retryable
+    assert event.reason == "sequence too long: prompt and output come to 41 tokens, the replica takes up to 40"
+    whole = dataclasses.replace(LLM, chunked_prefill=False, max_num_batched_tokens=40)
+    (event,) = device(whole, output_tokens=9).step(Nanos(50), [Dispatch(4, (task(1),))])
+    assert isinstance(event, TaskFailed)
+    assert event.reason.endswith("the replica takes up to 40")
+
+
+def test_expected_yield_of_drafts() -> None:
+    drafting = dataclasses.replace(LLM, num_speculative_tokens=3, acceptance_rate=0.7)
+    assert drafting.numbers()["draft_yield_ppm"] == pytest.approx((1 + 0.7 + 0.49 + 0.343) * 10**6, abs=2)
+    assert dataclasses.replace(drafting, acceptance_rate=1.0).numbers()["draft_yield_ppm"] == 4_000_000
+    assert LLM.numbers()["draft_yield_ppm"] == 1_000_000
+
+
+def test_startup_reads_the_weights() -> None:
+    llm = dataclasses.replace(LLM, startup_ns=7, weight_bytes=16 * 10**9, weight_bytes_per_s=2 * 10**9)
+    assert device(llm).startup_ns() == 8 * 10**9 + 7
+    assert device(None).startup_ns() == 0
 
 
 def test_crash() -> None:
@@ -158,6 +200,10 @@ def test_time_ends_after_106_days() -> None:
         ({"kv_blocks": 0}, "kv_blocks of replica 4"),
         ({"egress_ns": -1}, "egress_ns of replica 4: expected a whole number from 0"),
         ({"max_num_batched_tokens": 7}, "max_num_batched_tokens: expected at least max_num_seqs = 8"),
+        ({"watermark_blocks": -1}, "watermark_blocks of replica 4: expected a whole number from 0"),
+        ({"acceptance_rate": 1.1}, "acceptance_rate of replica 4: expected 0 to 1, got 1.1"),
+        ({"acceptance_rate": float("nan")}, "acceptance_rate of replica 4: expected 0 to 1, got nan"),
+        ({"weight_bytes": 5}, "weight_bytes_per_s of replica 4: expected more than 0, because weight_bytes = 5"),
     ],
 )
 def test_llm_configuration_is_checked(change: dict[str, Any], message: str) -> None:

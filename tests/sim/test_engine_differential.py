@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sage_core import _native
 from sage_core.units import NEVER
 from sage_sim import engine_reference
+from sage_sim.engine import LlmReplica
 from sage_sim.engine_reference import FAILED, FINISHED, FIRST_TOKEN
 from sage_sim.iteration import IterationTime, Numbers
 
@@ -59,25 +60,15 @@ LLAMA_8B_A100: Numbers = IterationTime(
 ).numbers()
 
 
+_LAW = set(IterationTime().numbers())
+
 VLLM: Numbers = {
-    "chunked_prefill": 1,
-    "priority_queue": 0,
-    "prefix_caching": 0,
-    "async_scheduling": 0,
-    "scheduler_reserve_full_isl": 1,
-    "long_prefill_token_threshold": 0,
-    "max_num_partial_prefills": 0,
-    "max_model_len": 0,
-    "watermark_blocks": 0,
-    "draft_tokens": 0,
-    "draft_yield_ppm": 1_000_000,
-    "draft_ns": 0,
-    "scheduler_ns": 0,
-    "scheduler_seq_ns": 0,
-    "api_server_ns": 0,
-    "api_server_token_ns": 0,
-    "detokenizer_token_ns": 0,
+    name: value
+    for name, value in LlmReplica(0, "llm", IterationTime(), 1, 1, 1, 1).numbers().items()
+    if name
+    not in {*_LAW, "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_blocks", "ingress_ns", "egress_ns"}
 }
+"""How a replica is scheduled where nothing is said about it."""
 
 
 class Pair:
@@ -428,7 +419,10 @@ def poisson(pair: Pair, seed: int, requests: int, per_s: float, *, cancel_every:
         while (wakeup := pair.both("wakeup_at")) <= at:
             assert pair.advance(wakeup) > 0
         pair.now = at
-        pair.submit(task, rng.randint(1, 1_500), rng.randint(1, 300), rng.randint(0, 1))
+        tokens = rng.randint(1, 1_500)
+        text = rng.randint(0, 5) * 1_000
+        contents = [text + block for block in range(rng.randint(0, tokens // 16))]
+        pair.submit(task, tokens, rng.randint(1, 300), rng.randint(0, 1), contents)
         if task % cancel_every == cancel_every - 1 and pair.due:
             pair.cancel(rng.choice(sorted(pair.due)))
         if task % 10 == 0:
@@ -443,6 +437,8 @@ def poisson(pair: Pair, seed: int, requests: int, per_s: float, *, cancel_every:
         ({"kv_blocks": 600}, 11),
         ({"kv_blocks": 400, "priority_queue": 1}, 10**9),
         ({"chunked_prefill": 0, "kv_blocks": 700, "max_num_batched_tokens": 2_048}, 13),
+        ({"kv_blocks": 500, "prefix_caching": 1, "async_scheduling": 1}, 11),
+        ({"kv_blocks": 500, "prefix_caching": 1, "long_prefill_token_threshold": 256, "scheduler_ns": 15_000_000}, 11),
     ],
 )
 def test_a_realistic_load(changes: Numbers, cancel_every: int) -> None:
@@ -469,3 +465,17 @@ def test_canary_one_picosecond_is_noticed(coefficient: str) -> None:
     saturate(Pair(llm, None))
     with pytest.raises(AssertionError, match=r"native .*, reference"):
         saturate(Pair(llm, None, reference_llm=off))
+
+
+@pytest.mark.parametrize("setting", sorted(VLLM))
+def test_canary_every_setting_is_noticed(setting: str) -> None:
+    """The same for the settings: one that is off in one of the two is seen by some crowd."""
+    flag = VLLM[setting] == 1 or setting in ("priority_queue", "prefix_caching", "async_scheduling")
+    for seed in range(100):
+        llm, embed, ops = crowd(random.Random(seed))
+        off = llm | {setting: 1 - llm[setting] if flag else llm[setting] + (300_000 if "ppm" in setting else 1)}
+        try:
+            play(Pair(llm, embed, reference_llm=off), ops)
+        except AssertionError:
+            return
+    pytest.fail(f"nothing depends on {setting}")
