@@ -30,6 +30,7 @@ from sage_sim.driver import SimDriver
 from sage_sim.engine import EmbedReplica, LlmReplica, SimulatedDevice
 from sage_sim.memory import ReplicaMemory, check_memory, llm_memory
 from sage_sim.operator import OperatorDevice, OperatorReplica
+from sage_sim.pipelined import PipelinedDevice
 from sage_sim.profile import Profile, load_profile
 from sage_sim.sharing import MpsDevice, shared
 
@@ -245,6 +246,10 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
                 raise ConfigError(
                     f"{at}.{role}.profile: {each.profile} is of kind {profiles[each.profile].kind}, expected {wanted}"
                 )
+        if any(llm.pipeline_parallel > 1 for llm in group.llms) and len(group.engines) > 1:
+            raise ConfigError(
+                f"{at}: an engine with pipeline_parallel above 1 has its devices for itself; list others apart"
+            )
         if group.mps is not None and (group.llm is None or group.embed is None):
             raise ConfigError(f"{at}.mps: shares are for an LLM and an embedding engine on one device; it has only one")
         if group.mps is not None and group.mps.llm_share + group.mps.embed_share > 1:
@@ -277,7 +282,7 @@ def _check_memory(group: DeviceConfig, profiles: Mapping[str, Profile]) -> None:
                 kv_bytes_per_token=memory.kv_bytes_per_token,
                 kv_tokens=_kv_tokens(engine, profile) if isinstance(engine, LlmConfig) else 0,
                 reserve=memory.reserve_bytes,
-                devices=profile.hardware.count,
+                devices=profile.hardware.count * (engine.pipeline_parallel if isinstance(engine, LlmConfig) else 1),
             )
         )
         if profile.hardware.memory_gib is not None:
@@ -355,6 +360,11 @@ def _device_maker(
         def simulated(llm: LlmReplica | None, embed: EmbedReplica | None) -> SimulatedDevice:
             return SimulatedDevice(number, group.node, llm, embed, truths.output_tokens, reference, truths.contents)
 
+        if llm is not None and group.llm is not None and group.llm.pipeline_parallel > 1:
+            stages, hop_ns = group.llm.pipeline_parallel, _ns(group.llm.pipeline_hop_s)
+            return PipelinedDevice(
+                number, group.node, llm, stages, hop_ns, truths.output_tokens, reference, truths.contents
+            )
         if (mps := group.mps) is None or llm is None or embed is None:
             return simulated(llm, embed)
         slower_llm = replace(llm, time=shared(llm.time, mps.llm_share, mps.saturation))
@@ -367,8 +377,7 @@ def _device_maker(
 def _kv_tokens(config: LlmConfig, profile: Profile) -> int:
     if config.kv_tokens is not None:
         return config.kv_tokens
-    utilization = config.gpu_memory_utilization
-    return profile.kv_tokens_max if utilization is None else profile.kv_tokens(utilization)
+    return profile.kv_tokens(config.gpu_memory_utilization, stages=config.pipeline_parallel)
 
 
 def _llm_replica(config: LlmConfig, replica: int, profile: Profile) -> LlmReplica:
@@ -404,7 +413,9 @@ def _llm_replica(config: LlmConfig, replica: int, profile: Profile) -> LlmReplic
         api_server_token_ns=_ns(host.api_server_token_s),
         detokenizer_token_ns=_ns(host.detokenizer_token_s),
         startup_ns=_ns(config.startup_s),
-        weight_bytes=0 if config.weights_gib_per_s is None else profile.memory.weights_bytes // profile.hardware.count,
+        weight_bytes=0
+        if config.weights_gib_per_s is None
+        else profile.memory.weights_bytes // (profile.hardware.count * config.pipeline_parallel),
         weight_bytes_per_s=0 if config.weights_gib_per_s is None else round(config.weights_gib_per_s * 2**30),
     )
 

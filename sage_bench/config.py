@@ -71,7 +71,8 @@ class LlmConfig(_Strict, frozen=True):
 
     kv_tokens null: what the profile says fits the device. max_model_len null: the model's own. watermark: fraction of
     the KV blocks kept free at admission. startup_s: from start to healthy after a fault, on top of reading the weights at
-    ``weights_gib_per_s`` (null: not modelled).
+    ``weights_gib_per_s`` (null: not modelled). pipeline_parallel: stages, each on as many devices as the profile has;
+    ``pipeline_hop_s`` from one to the next.
     """
 
     profile: str
@@ -96,6 +97,8 @@ class LlmConfig(_Strict, frozen=True):
     egress_s: Seconds = 0.0
     startup_s: Seconds = 0.0
     weights_gib_per_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    pipeline_parallel: Positive = 1
+    pipeline_hop_s: Seconds = 0.0
 
 
 class EmbedConfig(_Strict, frozen=True):

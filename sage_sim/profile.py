@@ -273,21 +273,24 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def kv_tokens_max(self) -> int:
         """Tokens the KV cache holds at the profile's ``gpu_memory_utilization``; 0 for an embedding model."""
-        return self.kv_tokens(self.memory.gpu_memory_utilization)
+        return self.kv_tokens()
 
-    def kv_tokens(self, gpu_memory_utilization: float) -> int:
-        """The same at another utilization (:meth:`Memory.kv_tokens` has the formula).
+    def kv_tokens(self, gpu_memory_utilization: float | None = None, *, stages: int = 1) -> int:
+        """The same at another utilization, or over ``stages`` times the devices (pipeline parallelism).
 
-        ConfigError when the utilization is not in (0, 1] or the weights alone do not fit.
+        :meth:`Memory.kv_tokens` has the formula. ConfigError when the utilization is not in (0, 1] or the weights alone do not fit.
         """
+        if gpu_memory_utilization is None:
+            gpu_memory_utilization = self.memory.gpu_memory_utilization
         if not 0 < gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization: expected above 0 and at most 1, got {gpu_memory_utilization}")
-        tokens = self.memory.kv_tokens(self.hardware, gpu_memory_utilization)
+        hardware = msgspec.structs.replace(self.hardware, count=self.hardware.count * stages)
+        tokens = self.memory.kv_tokens(hardware, gpu_memory_utilization)
         if self.kind == "llm" and tokens <= 0:
             raise ConfigError(
                 f"gpu_memory_utilization: at {gpu_memory_utilization} the weights of {self.model.name} "
                 f"({self.memory.weights_bytes / 2**30:.1f} GiB) leave no room for a KV cache on "
-                f"{self.hardware.count} x {self.hardware.device}; raise it or use more devices"
+                f"{hardware.count} x {hardware.device}; raise it or use more devices"
             )
         return tokens
 

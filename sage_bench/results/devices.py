@@ -28,6 +28,8 @@ def _device(number: int, group: DeviceConfig, profiles: Mapping[str, Profile]) -
     of = [profiles[engine.profile].hardware for engine in group.engines]
     names = sorted({each.device for each in of})
     busy = count = max((each.count for each in of), default=1)
+    if group.llm is not None:
+        count *= group.llm.pipeline_parallel
     if (apart := group.disaggregated) is not None:
         prefill, decode = of
         count = apart.prefill_engines * prefill.count + apart.decode_engines * decode.count

@@ -73,6 +73,12 @@ class TestOptions:
         assert result.counts.failed == 60
         assert any("600" in warning for warning in result.warnings), result.warnings
 
+    def test_stages_of_a_pipeline(self, go: Go) -> None:
+        piped = both(go, *ONE, cluster(", pipeline_parallel: 2, pipeline_hop_s: 0.001"))
+        assert mean_ms(piped, "tpot_ns") > mean_ms(go(*ONE, cluster()), "tpot_ns") + 0.5
+        (device,) = read_manifest(piped.folder).devices
+        assert device.count == 2
+
     def test_a_device_that_loads_its_weights_is_away_longer(self, go: Go) -> None:
         fault = "cluster.faults=[{at_s: 2, device: 0, restart_after_s: 1}]"
         loading = both(go, *ONE, cluster(", startup_s: 5, weights_gib_per_s: 2"), fault)
