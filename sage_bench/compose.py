@@ -28,6 +28,7 @@ from sage_sim.device import ColumnRecorder, Device, MakeDevice, Recorder
 from sage_sim.disaggregated import DisaggregatedDevice, KvLink
 from sage_sim.driver import SimDriver
 from sage_sim.engine import EmbedReplica, LlmReplica, SimulatedDevice
+from sage_sim.iteration import IterationTime
 from sage_sim.memory import ReplicaMemory, check_memory, llm_memory
 from sage_sim.operator import OperatorDevice, OperatorReplica
 from sage_sim.pipelined import PipelinedDevice
@@ -111,10 +112,13 @@ def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -
 
     truths = Truths(truth, contents)
 
+    laws = {name: profile.iteration_time() for name, profile in parts.profiles.items()}
     devices: list[MakeDevice] = []
     for group in config.cluster.devices:
         for _ in range(group.count):
-            devices.append(_device_maker(group, len(devices), parts.profiles, truths, config.mechanism == "reference"))
+            devices.append(
+                _device_maker(group, len(devices), parts.profiles, laws, truths, config.mechanism == "reference")
+            )
     driver = SimDriver(
         make_plane(config, truth),
         parts.load,
@@ -258,7 +262,8 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
             )
         try:
             _check_memory(group, profiles)
-            _device_maker(group, index, profiles, _NOBODY, reference=False)(0).joined()
+            laws = {engine.profile: profiles[engine.profile].iteration_time() for engine in group.engines}
+            _device_maker(group, index, profiles, laws, _NOBODY, reference=False)(0).joined()
         except ConfigError as error:
             raise ConfigError(f"{at}: {error}") from error
 
@@ -322,8 +327,16 @@ _NOBODY: Final = Truths(lambda request: 0, lambda request: None)
 
 
 def _device_maker(
-    group: DeviceConfig, number: int, profiles: Mapping[str, Profile], truths: Truths, reference: bool
+    group: DeviceConfig,
+    number: int,
+    profiles: Mapping[str, Profile],
+    laws: Mapping[str, IterationTime],
+    truths: Truths,
+    reference: bool,
 ) -> MakeDevice:
+    def llm_replica(config: LlmConfig, replica: int) -> LlmReplica:
+        return _llm_replica(config, replica, profiles[config.profile], laws[config.profile])
+
     def make_device(replica: int) -> Device:
         if group.operator is not None:
             o = group.operator
@@ -344,18 +357,18 @@ def _device_maker(
             return DisaggregatedDevice(
                 number,
                 group.node,
-                [_llm_replica(apart.prefill, replica, profiles[apart.prefill.profile])] * apart.prefill_engines,
-                [_llm_replica(apart.decode, replica, profiles[apart.decode.profile])] * apart.decode_engines,
+                [llm_replica(apart.prefill, replica)] * apart.prefill_engines,
+                [llm_replica(apart.decode, replica)] * apart.decode_engines,
                 KvLink(memory.kv_bytes_per_token, round(apart.link.gb_per_s * 1e9), _ns(apart.link.latency_s)),
                 truths.output_tokens,
                 reference,
             )
         llm = embed = None
         if group.llm is not None:
-            llm = _llm_replica(group.llm, replica, profiles[group.llm.profile])
+            llm = llm_replica(group.llm, replica)
             replica += 1
         if group.embed is not None:
-            embed = _embed_replica(group.embed, replica, profiles[group.embed.profile])
+            embed = _embed_replica(group.embed, replica, laws[group.embed.profile])
 
         def simulated(llm: LlmReplica | None, embed: EmbedReplica | None) -> SimulatedDevice:
             return SimulatedDevice(number, group.node, llm, embed, truths.output_tokens, reference, truths.contents)
@@ -380,7 +393,7 @@ def _kv_tokens(config: LlmConfig, profile: Profile) -> int:
     return profile.kv_tokens(config.gpu_memory_utilization, stages=config.pipeline_parallel)
 
 
-def _llm_replica(config: LlmConfig, replica: int, profile: Profile) -> LlmReplica:
+def _llm_replica(config: LlmConfig, replica: int, profile: Profile, law: IterationTime) -> LlmReplica:
     kv_tokens = _kv_tokens(config, profile)
     host, drafts = config.host, config.speculative
     if kv_tokens < config.block_size:
@@ -388,7 +401,7 @@ def _llm_replica(config: LlmConfig, replica: int, profile: Profile) -> LlmReplic
     return LlmReplica(
         replica,
         config.pool,
-        profile.iteration_time(),
+        law,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
@@ -424,11 +437,11 @@ def _ns(span_s: float) -> int:
     return round(span_s * 1e9)
 
 
-def _embed_replica(config: EmbedConfig, replica: int, profile: Profile) -> EmbedReplica:
+def _embed_replica(config: EmbedConfig, replica: int, law: IterationTime) -> EmbedReplica:
     return EmbedReplica(
         replica,
         config.pool,
-        profile.iteration_time(),
+        law,
         max_batch_tasks=config.max_batch_tasks,
         max_batch_tokens=config.max_batch_tokens,
         padding=config.padding,

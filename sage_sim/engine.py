@@ -9,7 +9,7 @@ down and nowhere above.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, NoReturn
 
 from sage_core import _native
@@ -487,9 +487,7 @@ def _line(config: LlmReplica | EmbedReplica, alone_ps: Callable[[int], int]) -> 
 
 
 def _numbers(config: LlmReplica | EmbedReplica) -> Numbers:
-    own = asdict(config)
-    del own["time"]
-    del own["replica"], own["pool"]
+    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("time", "replica", "pool")}
     return config.time.numbers() | {key: int(value) for key, value in own.items()}
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -107,7 +107,7 @@ class IterationTime:
 
     def numbers(self) -> Numbers:
         """As the engines take it."""
-        return asdict(self)
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def iteration_ps(self, work: IterationWork) -> int:
         """Duration of an LLM iteration."""

@@ -932,10 +932,10 @@ void Engine::submit_embed(Ns now, std::int64_t task, std::int64_t tokens) {
 
 bool Engine::cancel(Ns now, std::int64_t task) {
   run(now);
-  const auto found = known_.find(task);
-  if (found == known_.end()) return false;
-  device_.remove(to_ps(now), task, found->second);
-  known_.erase(found);
+  const Key* key = known_.find(task);
+  if (!key) return false;
+  device_.remove(to_ps(now), task, *key);
+  known_.erase(task);
   wakeup_at_.reset();
   return true;
 }
@@ -974,7 +974,8 @@ void Engine::run(Ns now) {
 Key Engine::enter(Ns now, std::int64_t task, std::int64_t priority) {
   run(now);
   const Key key{priority, arrivals_ + 1};
-  if (!known_.emplace(task, key).second) throw IllegalEvent("task " + std::to_string(task) + " was submitted twice");
+  if (!known_.emplace(task, Key(key)).second)
+    throw IllegalEvent("task " + std::to_string(task) + " was submitted twice");
   ++arrivals_;
   wakeup_at_.reset();
   return key;

@@ -1,6 +1,7 @@
 #include "sage/mechanism.hpp"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <stdexcept>
 
@@ -89,6 +90,10 @@ void Pool::refresh_speed() {
     return column.empty() ? 0.0 : *std::min_element(column.begin(), column.end());
   };
   speed = {least(serving.fixed_ns), least(serving.input_token_ns), least(serving.output_token_ns)};
+  const auto equal = [](const std::vector<std::int64_t>& column) {
+    return std::adjacent_find(column.begin(), column.end(), std::not_equal_to<>()) == column.end();
+  };
+  equal_room = equal(serving.tasks_max) && equal(serving.batch_tokens_max) && equal(serving.kv_tokens_max);
 }
 
 // --- policy and membership -------------------------------------------------------------------------------------------
@@ -323,9 +328,10 @@ std::vector<Decision> Mechanism::decide(std::int64_t now) {
 
 bool Mechanism::is_open(const Pool& pool, std::size_t r, std::int64_t now, bool urgent) const {
   const ReplicaTable& t = pool.serving;
-  return now >= limits_.hold_until[r] && t.in_flight[r] < limits_.tasks_max[r] &&
-         (urgent || t.in_flight[r] < limits_.tasks_max_batch[r]) &&
-         t.prefill_tokens[r] < limits_.prefill_tokens_max[r] && t.kv_tokens[r] < limits_.kv_tokens_max[r];
+  const std::size_t of = limits_.row(r);
+  return now >= limits_.hold_until[of] && t.in_flight[r] < limits_.tasks_max[of] &&
+         (urgent || t.in_flight[r] < limits_.tasks_max_batch[of]) &&
+         t.prefill_tokens[r] < limits_.prefill_tokens_max[of] && t.kv_tokens[r] < limits_.kv_tokens_max[of];
 }
 
 void Mechanism::open_replicas(const Pool& pool, std::int64_t now) {
@@ -335,7 +341,7 @@ void Mechanism::open_replicas(const Pool& pool, std::int64_t now) {
   for (std::size_t r = 0; r < n; ++r) {
     if (!is_open(pool, r, now, true)) continue;
     open_urgent_[r] = 1, ++open_urgent_count_;
-    if (pool.serving.in_flight[r] < limits_.tasks_max_batch[r]) open_batch_[r] = 1, ++open_batch_count_;
+    if (pool.serving.in_flight[r] < limits_.tasks_max_batch[limits_.row(r)]) open_batch_[r] = 1, ++open_batch_count_;
   }
 }
 
@@ -421,6 +427,7 @@ void Mechanism::decide_pool(std::int64_t now, std::size_t index, std::vector<Dec
   Pool& pool = *pools_[index];
   std::size_t replicas = pool.serving.size();
   limits_.resize(replicas);
+  limits_.equal = false;
   limit_->limit(now, pool, limits_);
   open_replicas(pool, now);
 
@@ -499,8 +506,10 @@ void Mechanism::decide_pool(std::int64_t now, std::size_t index, std::vector<Dec
   for (std::size_t i = placed_rows_.size(); i-- > 0;) remove_row(pool, placed_rows_[i]);
 
   if (pool.tasks.size() > 0)
-    for (std::size_t r = 0; r < replicas; ++r)
-      if (limits_.hold_until[r] > now) wakeup_at_ = std::min(wakeup_at_, limits_.hold_until[r]);
+    for (std::size_t r = 0; r < replicas; ++r) {
+      const std::int64_t hold_until = limits_.hold_until[limits_.row(r)];
+      if (hold_until > now) wakeup_at_ = std::min(wakeup_at_, hold_until);
+    }
 }
 
 void Mechanism::place(std::int64_t now, std::size_t index, std::size_t row, std::size_t r, std::vector<Decision>& out) {

@@ -296,16 +296,11 @@ class HybridLimit : public sage::Limit {
     const ReplicaTable& s = pool.serving;
     if (pool.kind == PoolKind::kLlm && c_.in_flight_limits) {
       const bool starving = now - pool.oldest_queued_at() > c_.starvation_ns;
-      for (std::size_t r = 0; r < s.size(); ++r) {
-        if (r > 0 && s.tasks_max[r] == s.tasks_max[r - 1] && s.batch_tokens_max[r] == s.batch_tokens_max[r - 1] &&
-            s.kv_tokens_max[r] == s.kv_tokens_max[r - 1]) {  // equal machines come in rows
-          out.copy(r - 1, r);
-          continue;
-        }
+      out.equal = pool.equal_room;
+      for (std::size_t r = 0; r < (out.equal ? 1 : s.size()); ++r)
         set(out, r, s.tasks_max[r], starving ? s.tasks_max[r] : share_of(s.tasks_max[r], 1.0 - c_.reserve),
             s.batch_tokens_max[r] > 0 ? share_of(s.batch_tokens_max[r], c_.prefill_depth) : kNever,
             s.kv_tokens_max[r] > 0 ? share_of(s.kv_tokens_max[r], c_.kv_fill) : kNever, 0);
-      }
     } else if (pool.kind == PoolKind::kEmbedding && c_.embedding_batches) {
       const std::int64_t earliest_due_at = pool.earliest_due_at();  // looks at every queued task
       for (std::size_t r = 0; r < s.size(); ++r) {
@@ -370,6 +365,9 @@ py::tuple limits(sage::Limit& limit, std::int64_t now, sage::Mechanism& mechanis
   LimitTable out;
   out.resize(pool.serving.size());
   limit.limit(now, pool, out);
+  for (std::size_t r = 0; out.equal && r < pool.serving.size(); ++r)
+    set(out, r, out.tasks_max[0], out.tasks_max_batch[0], out.prefill_tokens_max[0], out.kv_tokens_max[0],
+        out.hold_until[0]);
   return py::make_tuple(array_of(out.tasks_max), array_of(out.tasks_max_batch), array_of(out.prefill_tokens_max),
                         array_of(out.kv_tokens_max), array_of(out.hold_until));
 }

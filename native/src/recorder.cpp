@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "sage/errors.hpp"
+#include "sage/id_map.hpp"
 
 namespace py = pybind11;
 
@@ -115,8 +116,7 @@ struct Steps : Table {
   FixedBinary<Digest> digest{columns, "digest"};
 };
 
-// --- what is live
-// -----------------------------------------------------------------------------------------------------
+// --- what is live ----------------------------------------------------------------------------------------------------
 
 struct Stage {
   Word op, pool;
@@ -127,11 +127,11 @@ struct Plan {
   std::vector<Stage> stages;
 };
 
-struct Live {           // a request that has not ended
-  std::int64_t serial;  // in order of arrival
-  RequestArrived event;
-  const Plan* plan;
-  std::int64_t arrived_ns;
+struct Live {               // a request that has not ended
+  std::int64_t serial = 0;  // in order of arrival
+  RequestArrived event{};
+  const Plan* plan = nullptr;
+  std::int64_t arrived_ns = 0;
   Instant dispatched_ns = std::nullopt, first_token_ns = std::nullopt;
   std::int64_t first_token_stage = -1;  // the last generating stage so far
   std::int64_t stage_tokens = 0;        // output tokens of that stage
@@ -141,22 +141,22 @@ struct Live {           // a request that has not ended
   std::int64_t queue_ns = 0;
 };
 
-struct Flight {         // a task that is on a replica
-  std::int64_t serial;  // in order of dispatch
-  Task task;
-  std::size_t replica;
-  Stage stage;
-  std::int64_t dispatched_ns, batch, batch_tasks;
+struct Flight {             // a task that is on a replica
+  std::int64_t serial = 0;  // in order of dispatch
+  Task task{};
+  std::size_t replica = 0;
+  Stage stage{};
+  std::int64_t dispatched_ns = 0, batch = 0, batch_tasks = 0;
   Instant first_token_ns = std::nullopt;
   std::int64_t output_tokens = 0;
 };
 
 template <class Held>
-std::vector<std::int64_t> in_order(const std::unordered_map<std::int64_t, Held>& held,
-                                   const std::function<bool(const Held&)>& wanted = nullptr) {
+std::vector<std::int64_t> in_order(const IdMap<Held>& held, const std::function<bool(const Held&)>& wanted = nullptr) {
   std::vector<std::pair<std::int64_t, std::int64_t>> found;
-  for (const auto& [id, each] : held)
+  held.each([&](std::int64_t id, const Held& each) {
     if (!wanted || wanted(each)) found.emplace_back(each.serial, id);
+  });
   std::sort(found.begin(), found.end());
   std::vector<std::int64_t> ids;
   for (const auto& pair : found) ids.push_back(pair.second);
@@ -200,7 +200,7 @@ struct Recorder::State {
     if (event.priority < Limits::min() || event.priority > Limits::max())
       throw Unrecordable("request " + std::to_string(event.request) + ": priority " + std::to_string(event.priority) +
                          " is out of range; expected a whole number of 32 bits");
-    if (!live.try_emplace(event.request, Live{arrived, event, &plan->second, now}).second)
+    if (!live.emplace(event.request, {arrived, event, &plan->second, now}).second)
       throw InvariantViolation("invariant 1: request " + std::to_string(event.request) + " arrived twice");
     ++arrived;
   }
@@ -208,30 +208,27 @@ struct Recorder::State {
   void on(std::int64_t, const RequestCancelled& event) { went_away.push_back(event.request); }
 
   void on(std::int64_t now, const TokensProduced& event) {
-    const auto found = flights.find(event.task);
-    if (found == flights.end()) return;
-    Flight& flight = found->second;
-    flight.output_tokens += event.count;
-    if (!flight.first_token_ns) first_token(now, flight);
+    Flight* flight = flights.find(event.task);
+    if (!flight) return;
+    flight->output_tokens += event.count;
+    if (!flight->first_token_ns) first_token(now, *flight);
   }
 
   void on(std::int64_t now, const TaskFinished& event) {
-    const auto found = flights.find(event.task);
-    if (found == flights.end()) return;
-    Flight& flight = found->second;
-    flight.output_tokens = event.output_tokens;
+    Flight* flight = flights.find(event.task);
+    if (!flight) return;
+    flight->output_tokens = event.output_tokens;
     if (event.output_tokens != 0) {
-      if (!flight.first_token_ns) first_token(now, flight);  // not streamed: it came with the last
-      const auto request = live.find(request_of(event.task));
-      if (request != live.end()) {
-        request->second.output_tokens += event.output_tokens;
-        if (flight.task.stage == request->second.first_token_stage) request->second.stage_tokens = event.output_tokens;
+      if (!flight->first_token_ns) first_token(now, *flight);  // not streamed: it came with the last
+      if (Live* request = live.find(request_of(event.task))) {
+        request->output_tokens += event.output_tokens;
+        if (flight->task.stage == request->first_token_stage) request->stage_tokens = event.output_tokens;
       }
     }
-    task_ended(now, found, kFinished);
+    task_ended(now, event.task, kFinished);
   }
 
-  void on(std::int64_t now, const TaskFailed& event) { task_ended(now, flights.find(event.task), kFailedTask); }
+  void on(std::int64_t now, const TaskFailed& event) { task_ended(now, event.task, kFailedTask); }
 
   void on(std::int64_t now, const ReplicaReported& event) {
     const auto found = replica_of.find(event.replica);
@@ -260,7 +257,7 @@ struct Recorder::State {
     replicas[replica].left_ns = now;
     for (const std::int64_t task :
          in_order<Flight>(flights, [replica](const Flight& flight) { return flight.replica == replica; }))
-      task_ended(now, flights.find(task), kLost);
+      task_ended(now, task, kLost);
   }
 
   void on(std::int64_t, const ReplicaDraining&) {}
@@ -280,15 +277,14 @@ struct Recorder::State {
       const auto refuse = [&task](const std::string& why) {
         throw InvariantViolation("task " + std::to_string(task.task) + " dispatched, but " + why);
       };
-      const auto owner = live.find(request_of(task.task));
-      if (owner == live.end()) refuse("its request is not live");
-      Live& request = owner->second;
+      Live* owner = live.find(request_of(task.task));
+      if (!owner) refuse("its request is not live");
+      Live& request = *owner;
       const std::vector<Stage>& stages = request.plan->stages;
       if (task.stage < 0 || task.stage >= static_cast<std::int64_t>(stages.size()))
         refuse("its pipeline has no stage " + std::to_string(task.stage));
       const Stage stage = stages[static_cast<std::size_t>(task.stage)];
-      if (!flights.try_emplace(task.task, Flight{dispatched, task, found->second, stage, now, batch, batch_tasks})
-               .second)
+      if (!flights.emplace(task.task, {dispatched, task, found->second, stage, now, batch, batch_tasks}).second)
         refuse("it is already in flight (invariant 3)");
       ++replicas[found->second].in_flight;
       if (!request.dispatched_ns) request.dispatched_ns = now;
@@ -300,7 +296,7 @@ struct Recorder::State {
     }
   }
 
-  void on(std::int64_t now, const Cancel& command) { task_ended(now, flights.find(command.task), kCancelledTask); }
+  void on(std::int64_t now, const Cancel& command) { task_ended(now, command.task, kCancelledTask); }
   void on(std::int64_t now, const Respond& command) { end(now, command.request, kResponded, kNoWord); }
   void on(std::int64_t now, const Reject& command) { end(now, command.request, kRejected, words.of(command.reason)); }
   void on(std::int64_t now, const Fail& command) { end(now, command.request, kFailed, words.of(command.reason)); }
@@ -309,20 +305,19 @@ struct Recorder::State {
 
   void first_token(std::int64_t now, Flight& flight) {
     flight.first_token_ns = now;
-    const auto found = live.find(request_of(flight.task.task));
-    if (found == live.end() || flight.task.stage < found->second.first_token_stage) return;
-    found->second.first_token_stage = flight.task.stage;
-    found->second.first_token_ns = now;
-    found->second.stage_tokens = 0;
+    Live* request = live.find(request_of(flight.task.task));
+    if (!request || flight.task.stage < request->first_token_stage) return;
+    request->first_token_stage = flight.task.stage;
+    request->first_token_ns = now;
+    request->stage_tokens = 0;
   }
 
-  using Flights = std::unordered_map<std::int64_t, Flight>;
-
-  void task_ended(std::int64_t now, Flights::iterator found, TaskOutcome outcome) {
-    if (found == flights.end()) return;
-    --replicas[found->second.replica].in_flight;
-    write_task(found->second, now, task_outcome_words[outcome]);
-    flights.erase(found);
+  void task_ended(std::int64_t now, std::int64_t task, TaskOutcome outcome) {
+    const Flight* flight = flights.find(task);
+    if (!flight) return;
+    --replicas[flight->replica].in_flight;
+    write_task(*flight, now, task_outcome_words[outcome]);
+    flights.erase(task);
   }
 
   void write_task(const Flight& flight, Instant ended_ns, Word outcome) {
@@ -351,11 +346,11 @@ struct Recorder::State {
 
   // now: none if the run was cut short.
   void end(Instant now, std::int64_t number, Outcome outcome, Word why) {
-    const auto found = live.find(number);
-    if (found == live.end())
+    const Live* found = live.find(number);
+    if (!found)
       throw InvariantViolation("invariant 1: request " + std::to_string(number) + " " + kOutcomes[outcome] +
                                ", but it already ended or never arrived");
-    const Live& request = found->second;
+    const Live& request = *found;
     const RequestArrived& event = request.event;
     const std::optional<double> tpot_max = tpot_max_of(event.kind, event.priority);
     const Word kind = kind_words.at(static_cast<std::size_t>(event.kind));
@@ -410,7 +405,7 @@ struct Recorder::State {
     requests.good.push(good);
     requests.warmup.push(!(config.warmup_ns <= event.scheduled_at && event.scheduled_at < config.cooldown_at));
     ++outcomes[outcome];
-    live.erase(found);
+    live.erase(number);
   }
 
   bool full(const Table& table) const {
@@ -439,8 +434,8 @@ struct Recorder::State {
   Steps steps{words};
   std::vector<std::pair<std::string, Table*>> tables;
 
-  std::unordered_map<std::int64_t, Live> live;
-  Flights flights;
+  IdMap<Live> live;
+  IdMap<Flight> flights;
   std::vector<Replica> replicas;
   std::unordered_map<std::int64_t, std::size_t> replica_of;  // by id; the last to join under it
   std::vector<std::int64_t> went_away;
@@ -457,7 +452,7 @@ void Recorder::step(std::int64_t now, const std::vector<Event>& events, const st
   for (const Event& event : events) std::visit([&](const auto& each) { s.on(now, each); }, event);
   for (const Command& command : commands) std::visit([&](const auto& each) { s.on(now, each); }, command);
   for (const std::int64_t request : s.went_away)
-    if (s.live.contains(request)) s.end(now, request, kCancelled, s.went_away_word);
+    if (s.live.count(request)) s.end(now, request, kCancelled, s.went_away_word);
   s.went_away.clear();
   if (s.config.steps) {
     s.steps.step.push(s.steps_taken++);

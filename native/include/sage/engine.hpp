@@ -26,10 +26,10 @@
 #include <optional>
 #include <set>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "sage/id_map.hpp"
 #include "sage/iteration.hpp"
 #include "sage/kv_cache.hpp"
 
@@ -259,7 +259,7 @@ struct Moment {
 
 // A task's place in the queues.
 struct Key {
-  std::int64_t priority, arrival;
+  std::int64_t priority = 0, arrival = 0;
 };
 
 class Device {
@@ -373,8 +373,8 @@ class Engine {
   Ns now_ = 0;
   Ns tokenised_ = 0;  // when the API server is done with what it has
   std::int64_t arrivals_ = 0;
-  std::unordered_map<std::int64_t, Key> known_;  // tasks whose end has not been told
-  std::optional<Ns> wakeup_at_;                  // empty: to be found again
+  IdMap<Key> known_;             // tasks whose end has not been told
+  std::optional<Ns> wakeup_at_;  // empty: to be found again
 };
 
 }  // namespace sage

@@ -47,14 +47,12 @@ struct ReplicaTable {
   void erase(std::size_t row);
 };
 
+// One row a replica; or, with `equal`, one row for all of them: equal machines come in rows.
 struct LimitTable {
   std::vector<std::int64_t> tasks_max, tasks_max_batch, prefill_tokens_max, kv_tokens_max, hold_until;
   void resize(std::size_t n);
-  void copy(std::size_t from, std::size_t to) {
-    tasks_max[to] = tasks_max[from], tasks_max_batch[to] = tasks_max_batch[from];
-    prefill_tokens_max[to] = prefill_tokens_max[from], kv_tokens_max[to] = kv_tokens_max[from];
-    hold_until[to] = hold_until[from];
-  }
+  std::size_t row(std::size_t replica) const { return equal ? 0 : replica; }
+  bool equal = false;
 };
 
 struct Pool;
@@ -102,7 +100,8 @@ struct Pool : std::enable_shared_from_this<Pool> {
   PoolKind kind = PoolKind::kLlm;
   TaskTable tasks;
   ReplicaTable serving, draining;
-  Speed speed;  // of the fastest serving replica, cost by cost
+  Speed speed;             // of the fastest serving replica, cost by cost
+  bool equal_room = true;  // every serving replica has the same tasks_max, batch_tokens_max and kv_tokens_max
 
   // Facts that policies would otherwise have to remember.
   std::vector<std::int64_t> tenant_service;  // by tenant index
