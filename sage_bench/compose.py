@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -13,6 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 
 from sage_bench.config import NAME, DeviceConfig, EmbedConfig, LlmConfig, RunConfig
+from sage_bench.results.devices import devices_of, listed_price, price_of
 from sage_core import native_plane as planes
 from sage_core.backend import ContentsOf
 from sage_core.errors import ConfigError, SageError
@@ -36,6 +38,9 @@ from sage_sim.profile import Profile, load_profile
 from sage_sim.sharing import MpsDevice, shared
 
 TruthOf = Callable[[int], int]
+
+DEVICES_MAX: Final = 100_000
+"""More is a slip of the finger: each is an object with state of its own."""
 
 REPORT_INTERVAL_S_MIN: Final = 0.001
 """Scraping faster is a mistake in the units: the run would do little else."""
@@ -75,7 +80,7 @@ def make_parts(config: RunConfig) -> Parts:
         single_request_pipelines(),
         profiles,
         make_policy(config),
-        _warnings(config, profiles),
+        [*_warnings(config, profiles), *getattr(load, "notes", ())],
     )
 
 
@@ -100,15 +105,19 @@ def make_plane(config: RunConfig, truth: TruthOf | None = None) -> Plane:
 def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -> SimDriver:
     """A simulated run, ready to go."""
     config = parts.config
-    driver: SimDriver | None = None
+    # Weak, because the native loop holds the devices that ask, and the collector cannot look into native code.
+    made: list[weakref.ref[SimDriver]] = []
+
+    def driver_of_run() -> SimDriver:
+        driver = made[0]()
+        assert driver is not None
+        return driver
 
     def truth(request: int) -> int:
-        assert driver is not None
-        return driver.output_tokens(request)
+        return driver_of_run().output_tokens(request)
 
     def contents(request: int) -> Contents | None:
-        assert driver is not None
-        return driver.contents(request)
+        return driver_of_run().contents(request)
 
     truths = Truths(truth, contents)
 
@@ -130,6 +139,7 @@ def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -
         until_s=config.driver.until_s,
         record=record,
     )
+    made.append(weakref.ref(driver))
     return driver
 
 
@@ -203,11 +213,12 @@ def _cannot_make(group: str, target: object, cause: BaseException) -> str:
     return f"{group}: {target} cannot be made: {why}"
 
 
-def price_per_h(config: RunConfig) -> float | None:
-    """USD per hour of the whole cluster; None where a device has no price."""
-    prices = [
-        None if group.price_per_h is None else group.price_per_h * group.count for group in config.cluster.devices
-    ]
+def price_per_h(config: RunConfig, profiles: Mapping[str, Profile]) -> float | None:
+    """USD per hour of the whole cluster; None where a device has no price and none is listed."""
+    prices = []
+    for group in config.cluster.devices:
+        price = price_of(group, profiles)
+        prices.append(None if price is None else price * group.count)
     return None if None in prices else float(sum(price for price in prices if price is not None))
 
 
@@ -226,6 +237,8 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
             f"got {cluster.report_interval_s:g}"
         )
     count = sum(group.count for group in cluster.devices)
+    if count > DEVICES_MAX:
+        raise ConfigError(f"cluster.devices: expected at most {DEVICES_MAX:,} devices in all, got {count:,}")
     for index, fault in enumerate(cluster.faults):
         if not 0 <= fault.device < count:
             raise ConfigError(f"cluster.faults[{index}].device: expected 0 to {count - 1}, got {fault.device}")
@@ -299,14 +312,27 @@ def _check_memory(group: DeviceConfig, profiles: Mapping[str, Profile]) -> None:
 def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
     """Configured values that leave what a profile was fitted on, and profiles whose error nobody knows."""
     found = [
-        f"profile {name}: rests on a single measured rate; its error is not known (see `sage profile show {name}`)"
+        f"profile {name}: a prior from data sheets, nothing of this model was measured on this device (see `sage profile show {name}`)"
+        if profile.source.kind == "roofline"
+        else f"profile {name}: rests on a single measured rate; its error is not known (see `sage profile show {name}`)"
         for name, profile in profiles.items()
         if not profile.errors
     ]
     for group in config.cluster.devices:
         of = {profiles[engine.profile].hardware.device for engine in group.engines}
+        listed = listed_price(group, profiles)
+        if listed is not None and group.price_per_h is not None and not 0.5 <= group.price_per_h / listed <= 2:
+            found.append(
+                f"node {group.node}: price_per_h is {group.price_per_h:g} USD for {devices_of(group, profiles)} x "
+                f"{' and '.join(sorted(of))}, listed at {listed:g} USD (sage_sim/hardware.yaml)"
+            )
         if len(of) > 1 and group.disaggregated is None:
             found.append(f"node {group.node}: one device has engines with profiles of {' and '.join(sorted(of))}")
+        if group.disaggregated is not None and any(llm.prefix_caching for llm in group.llms):
+            found.append(
+                f"node {group.node}: engines of a disaggregated replica know no shared prefixes; only a preempted sequence finds its "
+                "own blocks (prefix_caching)"
+            )
         for llm in group.llms:
             found += profiles[llm.profile].warn_outside(
                 seqs=llm.max_num_seqs, prefill_tokens=llm.max_num_batched_tokens
@@ -389,6 +415,10 @@ def _device_maker(
 
 def _kv_tokens(config: LlmConfig, profile: Profile) -> int:
     if config.kv_tokens is not None:
+        if config.gpu_memory_utilization is not None:
+            raise ConfigError(
+                "kv_tokens, gpu_memory_utilization: both say how large the KV cache is; leave one of them out"
+            )
         return config.kv_tokens
     return profile.kv_tokens(config.gpu_memory_utilization, stages=config.pipeline_parallel)
 
@@ -415,7 +445,7 @@ def _llm_replica(config: LlmConfig, replica: int, profile: Profile, law: Iterati
         scheduler_reserve_full_isl=config.scheduler_reserve_full_isl,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         max_num_partial_prefills=config.max_num_partial_prefills,
-        max_model_len=profile.model.positions if config.max_model_len is None else config.max_model_len,
+        max_model_len=_max_model_len(config, profile),
         watermark_blocks=int(config.watermark * (kv_tokens // config.block_size)),
         num_speculative_tokens=0 if drafts is None else drafts.num_speculative_tokens,
         acceptance_rate=0.0 if drafts is None else drafts.acceptance_rate,
@@ -431,6 +461,13 @@ def _llm_replica(config: LlmConfig, replica: int, profile: Profile, law: Iterati
         else profile.memory.weights_bytes // (profile.hardware.count * config.pipeline_parallel),
         weight_bytes_per_s=0 if config.weights_gib_per_s is None else round(config.weights_gib_per_s * 2**30),
     )
+
+
+def _max_model_len(config: LlmConfig, profile: Profile) -> int:
+    positions = profile.model.positions
+    if config.max_model_len is not None and config.max_model_len > positions:
+        raise ConfigError(f"max_model_len: {profile.model.name} has {positions} positions, got {config.max_model_len}")
+    return positions if config.max_model_len is None else config.max_model_len
 
 
 def _ns(span_s: float) -> int:

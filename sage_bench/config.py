@@ -23,7 +23,7 @@ from sage_sim.network import NetworkConfig
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=SECONDS_MAX)]
-Usd = Annotated[float, msgspec.Meta(ge=0)]
+Usd = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 """What results may be called: a plain folder name."""
 
@@ -96,7 +96,7 @@ class LlmConfig(_Strict, frozen=True):
     ingress_s: Seconds = 0.0
     egress_s: Seconds = 0.0
     startup_s: Seconds = 0.0
-    weights_gib_per_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    weights_gib_per_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     pipeline_parallel: Positive = 1
     pipeline_hop_s: Seconds = 0.0
 
@@ -126,7 +126,7 @@ class OperatorConfig(_Strict, frozen=True):
 class KvLinkConfig(_Strict, frozen=True):
     """What keys and values travel over, from each prefill engine."""
 
-    gb_per_s: Annotated[float, msgspec.Meta(gt=0)]  # 10^9 bytes
+    gb_per_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)]  # 10^9 bytes
     latency_s: Seconds = 0.0
 
 
@@ -144,7 +144,7 @@ class DeviceConfig(_Strict, frozen=True):
     """``count`` equal devices on one node, each with an LLM engine, an embedding engine, or both; or CPU workers.
 
     Two engines take turns, iteration by iteration, unless ``mps`` gives each a share of the device. ``disaggregated``
-    stands for several devices that are one replica; ``price_per_h`` is then of all of them.
+    stands for several devices that are one replica. price_per_h null: the list price of its devices, where there is one.
     """
 
     node: str
@@ -154,7 +154,7 @@ class DeviceConfig(_Strict, frozen=True):
     operator: OperatorConfig | None = None
     mps: MpsConfig | None = None
     disaggregated: DisaggregatedConfig | None = None
-    price_per_h: Usd | None = None  # USD, of one device
+    price_per_h: Usd | None = None  # USD, of all that one of them spans (tensor and pipeline parallelism)
 
     @property
     def llms(self) -> list[LlmConfig]:

@@ -109,7 +109,7 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
                     ReplicaFact(**row, usage=usage_fact(usage.get(row["replica"]))) for row in rows.replicas()
                 ),
                 devices=device_facts(config, parts.profiles),
-                price_per_h=price_per_h(config),
+                price_per_h=price_per_h(config, parts.profiles),
                 # Outcomes as in the rows: a step that could not be taken is in the plane's figures and nowhere else.
                 counts={**{name: getattr(counts, name) for name in counts.__dataclass_fields__}, **rows.counts()},
             )
@@ -202,19 +202,23 @@ def _cooldown_at(parts: Parts) -> int:
 
 def _why_failed(folder: Path, parts: Parts) -> list[str]:
     """The reasons requests failed for, most frequent first, and pools that nothing serves."""
-    reasons = pq.read_table(folder / "requests.parquet", columns=["outcome", "reason"])
-    failed = reasons.filter(pc.equal(reasons["outcome"].cast(pa.string()), "failed"))["reason"].cast(pa.string())
-    found = collections.Counter(failed.to_pylist())
+    rows = pq.read_table(folder / "requests.parquet", columns=["outcome", "reason", "pipeline"])
+    failed = rows.filter(pc.equal(rows["outcome"].cast(pa.string()), "failed"))
+    found = collections.Counter(failed["reason"].cast(pa.string()).to_pylist())
     served = {
         engine.pool
         for group in parts.config.cluster.devices
         for engine in (*group.engines, group.operator)
         if engine is not None
     }
-    needed = {stage.op.pool for pipeline in parts.pipelines.values() for stage in pipeline.stages}
-    return [f"{count:,} requests failed: {reason}" for reason, count in found.most_common(REASONS_TOLD)] + [
-        f"no device serves pool {pool!r} (cluster.devices)" for pool in sorted(needed - served)
-    ]
+    asked = set(failed["pipeline"].cast(pa.string()).to_pylist())
+    needed = {stage.op.pool for name in asked for stage in parts.pipelines[name].stages}
+    told = [f"{count:,} requests failed: {reason}" for reason, count in found.most_common(REASONS_TOLD)]
+    if (more := failed.num_rows - sum(count for _, count in found.most_common(REASONS_TOLD))) > 0:
+        told.append(
+            f"{more:,} more requests failed, for {len(found) - REASONS_TOLD:,} other reasons (requests.parquet)"
+        )
+    return told + [f"no device serves pool {pool!r} (cluster.devices)" for pool in sorted(needed - served)]
 
 
 def _trace(parts: Parts) -> Path | None:

@@ -41,17 +41,8 @@ class NativePlane:
     ) -> None:
         if attempts_max < 1:
             raise ConfigError(f"attempts_max: expected 1 or more, got {attempts_max}")
-        self._policies = dict(policies)
-        self._policy: Policy | None = None
-        self.native: _native.Plane = extension().Plane(dict(pipelines), self._make, policy, attempts_max)
-
-    def _make(self, name: str) -> tuple[Any, ...]:
-        make = self._policies.get(name)
-        if make is None:
-            raise unknown_policy(name, self._policies)
-        policy = self._policy = make()
-        parts = (policy.order, policy.route, policy.limit, policy.predict)
-        return (policy.name, policy.admit, *(native_twin(part) for part in parts))
+        self._maker = _Maker(policies)
+        self.native: _native.Plane = extension().Plane(dict(pipelines), self._maker, policy, attempts_max)
 
     def step(self, now: Nanos, events: Sequence[AnyEvent]) -> list[AnyCommand]:
         """One decision round; see :meth:`sage_core.plane.ControlPlane.step`."""
@@ -80,8 +71,8 @@ class NativePlane:
     @property
     def policy(self) -> Policy:
         """The active policy."""
-        assert self._policy is not None
-        return self._policy
+        assert self._maker.policy is not None
+        return self._maker.policy
 
     @property
     def tasks_queued(self) -> int:
@@ -102,6 +93,23 @@ class NativePlane:
     def check(self) -> None:
         """Conservation and the mechanism's own invariants over the whole state."""
         self.native.check()
+
+
+class _Maker:
+    """Makes policies for the native plane. An object of its own: the collector cannot see references in native code, so
+    what it holds must not lead back here."""
+
+    def __init__(self, policies: Mapping[str, Callable[[], Policy]]) -> None:
+        self._policies = dict(policies)
+        self.policy: Policy | None = None  # the last one made
+
+    def __call__(self, name: str) -> tuple[Any, ...]:
+        make = self._policies.get(name)
+        if make is None:
+            raise unknown_policy(name, self._policies)
+        policy = self.policy = make()
+        parts = (policy.order, policy.route, policy.limit, policy.predict)
+        return (policy.name, policy.admit, *(native_twin(part) for part in parts))
 
 
 Plane: TypeAlias = ControlPlane | NativePlane

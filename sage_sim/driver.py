@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,7 +140,9 @@ class SimDriver:
             with _interrupts_held(lambda: self._loop.stop_at(0)) as interrupt:
                 self._pump(tick, interrupt)
             interrupted = interrupt.came
-        except KeyboardInterrupt:  # from a recorder or a tick
+        except KeyboardInterrupt:  # the second one, or from a recorder or a tick
+            if self._loop.deciding:
+                raise  # in the middle of a policy: nobody knows what was decided
             interrupted = True
         if interrupted:
             reason = "run was interrupted"
@@ -217,7 +220,8 @@ class SimDriver:
         else:
             # A closed loop numbers its requests as they are issued: none may be drawn before its time.
             self._feed = ((arrival,) for arrival in load.arrivals())
-            self._loop.on_ended(self._on_ended)
+            ended = weakref.WeakMethod(self._on_ended)  # the loop is ours, and may be native
+            self._loop.on_ended(lambda now, request: ended()(now, request))  # type: ignore[misc]  # alive while it runs
         self._feed_more()
         self._loop.begin_arrivals()
 

@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 import yaml
 
-from sage_core.errors import ConfigError, DataError
+from sage_core.errors import DataError
 
 FACTS = Path(__file__).parent / "hardware.yaml"
 
@@ -99,26 +99,6 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def facts(device: str) -> DeviceFacts | None:
     """What is known about ``device``; None when nothing is."""
     return device_facts().get(device)
-
-
-def power_w(device: str, busy_prefill_share: float, busy_decode_share: float) -> float | None:
-    """Mean watts of one device that spends these shares of its time prefilling and decoding; None: not known.
-
-    ConfigError when a share is negative or their sum is over 1.
-    """
-    total = busy_prefill_share + busy_decode_share
-    # A share is a quotient of integers: their sum may pass 1 by a rounding.
-    if not (busy_prefill_share >= 0 and busy_decode_share >= 0 and total <= 1 + 1e-9):
-        raise ConfigError(
-            f"power_w: expected shares from 0 with a sum of at most 1, got prefill {busy_prefill_share}, decode "
-            f"{busy_decode_share}"
-        )
-    known = facts(device)
-    if known is None or known.tdp_w is None or known.power is None:
-        return None
-    power = known.power
-    fraction = power.idle + (power.prefill - power.idle) * busy_prefill_share
-    return known.tdp_w * (fraction + (power.decode - power.idle) * busy_decode_share)
 
 
 @cache

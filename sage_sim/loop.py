@@ -132,6 +132,11 @@ class NativeLoop:
         return self._native.only_reports
 
     @property
+    def deciding(self) -> bool:
+        """A step of the plane was left by an exception."""
+        return self._native.deciding
+
+    @property
     def steps(self) -> int:
         """Steps of the plane."""
         return self._native.steps

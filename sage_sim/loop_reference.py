@@ -35,6 +35,7 @@ class Loop:
     def __init__(self, plane: ControlPlane, record: Recorder | None) -> None:
         self.now = 0
         self.steps = 0
+        self.deciding = False  # true where a step of the plane was left by an exception
         self.control_ns = 0  # CPU time of this thread inside the plane
         self._plane = plane
         self._record = record
@@ -208,7 +209,9 @@ class Loop:
     def _decide_and_record(self, events: Sequence[e.AnyEvent]) -> list[AnyCommand]:
         now = Nanos(self.now)
         before = time.thread_time_ns()
+        self.deciding = True
         commands = self._plane.step(now, events)
+        self.deciding = False
         self.control_ns += time.thread_time_ns() - before
         self.steps += 1
         step = self._chain.step(now, events, commands)

@@ -92,7 +92,7 @@ class EngineDevice : public LoopDevice {
   std::int64_t llm_, embed_, block_size_;
 };
 
-// Any other device, behind sage_sim.loop.Outside: bytes in, bytes out.
+// Any other device, behind sage_sim.loop._Outside: bytes in, bytes out.
 class PythonDevice : public LoopDevice {
  public:
   explicit PythonDevice(py::object device) : device_(std::move(device)) {}
@@ -251,6 +251,7 @@ void register_loop(py::module_& m) {
       .def_property_readonly("next_at", [](const PythonLoop& self) { return self.loop->next_at(); })
       .def_property_readonly("steps", [](const PythonLoop& self) { return self.loop->steps(); })
       .def_property_readonly("control_ns", [](const PythonLoop& self) { return self.loop->control_ns(); })
+      .def_property_readonly("deciding", [](const PythonLoop& self) { return self.loop->deciding(); })
       .def_property_readonly("idle", [](const PythonLoop& self) { return self.loop->idle(); })
       .def_property_readonly("only_reports", [](const PythonLoop& self) { return self.loop->only_reports(); })
       .def_property_readonly("digest", [](const PythonLoop& self) {

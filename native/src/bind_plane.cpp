@@ -117,6 +117,7 @@ void blame(const std::string& policy) {
   } catch (py::error_already_set& error) {
     const py::object value = error.value();
     if (error.trace()) PyException_SetTraceback(value.ptr(), error.trace().ptr());
+    if (!PyErr_GivenExceptionMatches(value.ptr(), PyExc_Exception)) return;  // Ctrl-C, exit: nobody's fault
     if (py::isinstance(value, py::module_::import("sage_core.errors").attr("SageError"))) return;
     const py::object theirs = py::module_::import("sage_core.policy").attr("raised")(policy, value);
     if (theirs.is_none()) return;

@@ -123,7 +123,9 @@ void Loop::decide_and_record(const std::vector<Event>& events) {
   commands_.clear();
   const bool timed = steps_ % kTimedEvery == 0;
   const std::int64_t before = timed ? thread_ns() : 0;
+  deciding_ = true;
   plane_.step(now_, events, commands_);
+  deciding_ = false;
   if (timed) timed_ns_ += thread_ns() - before, ++timed_steps_;
   ++steps_;
   encoded_.clear();

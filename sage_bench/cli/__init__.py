@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -14,7 +18,9 @@ def main() -> None:
     """Entry point: a user's mistake is one line on standard error and a documented exit code, never a traceback."""
     sys.path.insert(0, "")  # the working directory: a user's own policy, to run it and to replay what it decided
     try:
-        command()(prog_name="sage")
+        with _interrupts_end():
+            app = command()
+        app(prog_name="sage")
     except SageError as error:
         leave(error)
     except KeyboardInterrupt:
@@ -22,10 +28,28 @@ def main() -> None:
         sys.exit(130)
 
 
+@contextmanager
+def _interrupts_end() -> Iterator[None]:
+    """While libraries are imported, some of which swallow KeyboardInterrupt: Ctrl-C ends the process."""
+    before = signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(number: int, frame: object) -> None:
+    os.write(2, b"sage: interrupted\n")
+    os._exit(130)
+
+
 def command() -> typer.Typer:
     """All commands; only ``sage doctor`` where the installation is broken, because it says what to do."""
     try:
         from sage_bench.cli.app import app
+
+        if sys.argv[1:2] == ["run"]:
+            import sage_bench.loads  # noqa: F401  # what every run will ask for by name
     except ImportError as error:
         if sys.argv[1:2] != ["doctor"]:
             print(f"sage: the installation is broken ({error}); `sage doctor` says what to do", file=sys.stderr)

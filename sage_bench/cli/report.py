@@ -8,10 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sage_bench.metrics.summary import summarise
-from sage_bench.report import WIDTH, show, write
-from sage_bench.results.reader import load_runs
-
 
 def command(
     results: Annotated[Path, typer.Argument(help="A folder with runs in it or below it, or one run's folder.")],
@@ -22,6 +18,11 @@ def command(
     ] = None,
 ) -> None:
     """Compare policies: tables with confidence intervals over seeds, verdicts, saturation points and figures."""
+    # pandas, scipy and matplotlib take a second and 100 MB, which no other command should pay for.
+    from sage_bench.metrics.summary import summarise
+    from sage_bench.report import WIDTH, show, write
+    from sage_bench.results.reader import load_runs
+
     console = Console(highlight=False, width=WIDTH)
     summary = summarise(load_runs(results), baseline)
     folder = out or results / "report"

@@ -16,7 +16,15 @@ from sage_bench.figures.fidelity import latency_overlay, series_overlay
 from sage_bench.figures.style import save
 from sage_bench.report import WIDTH
 from sage_bench.validate.compare import STATISTICS, Compared
-from sage_bench.validate.fidelity import FIDELITY, REQUESTS, SERIES_FILE, Fidelity, validate
+from sage_bench.validate.fidelity import (
+    FIDELITY,
+    LATENCY_FIGURE,
+    REQUESTS,
+    SERIES_FIGURE,
+    SERIES_FILE,
+    Fidelity,
+    validate,
+)
 from sage_bench.validate.setup import BLOCK_SIZE, Asked
 from sage_core.errors import ConfigError, FidelityError
 
@@ -99,9 +107,9 @@ def command(
     fidelity = validate(measured, asked, folder, timeseries)
     drawn = []
     if figures:
-        drawn += save(latency_overlay(folder / REQUESTS), folder / "fidelity_latency")
+        drawn += save(latency_overlay(folder / REQUESTS), folder / LATENCY_FIGURE)
         if fidelity.series is not None:
-            drawn += save(series_overlay(folder / SERIES_FILE), folder / "fidelity_series")
+            drawn += save(series_overlay(folder / SERIES_FILE), folder / SERIES_FIGURE)
     show(fidelity, Console(highlight=False, width=WIDTH))
     files = [FIDELITY, REQUESTS, *([] if fidelity.series is None else [SERIES_FILE]), *(path.name for path in drawn)]
     print(f"{folder}: {', '.join(files)}")

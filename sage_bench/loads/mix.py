@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 
 from sage_bench.loads.check import number, whole
 from sage_bench.loads.lengths import Uniforms
-from sage_bench.loads.request_class import RequestClass
+from sage_bench.loads.request_class import BLOCK_TOKENS, RequestClass
 from sage_core.errors import ConfigError
 from sage_core.events import RequestArrived
 from sage_core.load import Arrival, Arrivals, Contents
 from sage_core.slo import SloTable
 from sage_core.units import NEVER, SECONDS_MAX, RequestKind, seconds
-
-BLOCK_TOKENS = 16
-"""Tokens of the blocks in which a class states its shared prefixes: what vLLM caches by default."""
 
 _BLOCKS_MAX = 1 << 31  # of one prefix
 

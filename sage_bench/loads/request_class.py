@@ -11,6 +11,9 @@ from sage_core.errors import ConfigError
 from sage_core.slo import SloTable
 from sage_core.units import RequestKind
 
+BLOCK_TOKENS = 16
+"""Tokens of the blocks in which a class states its shared prefixes: what vLLM caches by default."""
+
 PIPELINES = {RequestKind.LLM_CHAT: "chat", RequestKind.LLM_GENERATE: "generate", RequestKind.EMBEDDING: "embed"}
 
 
@@ -23,7 +26,7 @@ class RequestClass:
     brings its own). output_tokens_max: the client's cap on output, the only bound that a policy may know; it is one
     number for the class, and it cuts the drawn length, as an engine would. prefixes: how many shared prompt prefixes
     the class uses, the k-th most popular one with weight 1/k; 0 for none. prefix_tokens: how long each is, so that an
-    engine with a prefix cache computes it once; a shorter prompt is all prefix. arrivals: a process of its own, at its share
+    engine with a prefix cache computes it once (in whole blocks of 16); a shorter prompt is all prefix. arrivals: a process of its own, at its share
     of the load's rate; otherwise it takes its share of the load's common process.
     """
 
@@ -59,6 +62,11 @@ class RequestClass:
         self.prefix_tokens = whole("load.classes.prefix_tokens", prefix_tokens, 0, TOKENS_MAX)
         if self.prefix_tokens and not self.prefixes:
             raise ConfigError("load.classes.prefix_tokens: prefixes of no class; set load.classes.<name>.prefixes too")
+        if 0 < self.prefix_tokens < BLOCK_TOKENS:
+            raise ConfigError(
+                f"load.classes.prefix_tokens: {self.prefix_tokens} is less than one block, and only whole blocks of "
+                f"{BLOCK_TOKENS} tokens are shared; give at least {BLOCK_TOKENS}, or 0 to share nothing"
+            )
         self.arrivals = arrivals
         if self.kind is RequestKind.EMBEDDING and (output_tokens is not None or output_tokens_max is not None):
             raise ConfigError(

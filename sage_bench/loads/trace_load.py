@@ -49,6 +49,8 @@ class TraceLoad:
     ``embedding``: its own arrival process at the matching mean rate, or, without one, a Poisson process whose clock is
     the trace itself, so that embeddings come faster when the trace does. requests, duration_s: limits of the whole
     load, embeddings included, in the load's own (scaled) time.
+
+    notes: what a user should know of the trace before believing a run of it.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class TraceLoad:
         self.window_s = None if window_s is None else _window(window_s)
         self.limit = None if limit is None else whole("load.limit", limit, 1)
         self.limits = Limits.of(requests, duration_s, needed=False)
-        self.summary = self.trace.scan(self.window_s)
+        self.summary = self.trace.scan(self.window_s, prefix=True)
         if self.summary.rows == 0:
             last_s = self.trace.scan().last_s
             raise ConfigError(f"load.window_s: no request in {list(window_s or ())}; {path} ends at {last_s:.3f} s")
@@ -94,6 +96,7 @@ class TraceLoad:
             check_drawable("embedding", embedding)
             named["embedding"] = embedding
         self.mix = Mix(named, slo, self._caps(named))
+        self.notes = self._doubts()
         self._streams = streams
 
     def arrivals(self) -> Iterator[Arrival]:
@@ -140,7 +143,7 @@ class TraceLoad:
                 open_streams[name] = self._streams.stream(f"load/{name}")
             return open_streams[name].random(n)
 
-        for rows in self.trace.rows(self.window_s, prefix=True):
+        for rows in self.trace.rows(self.window_s, prefix=True, contents=True):
             kept = rows if left is None else rows.between(0, left)
             at = np.rint((kept.arrival_s - origin_s) * (SECOND / self.rate_scale)).astype(np.int64)
             n = len(at)
@@ -228,6 +231,16 @@ class TraceLoad:
                 "load.embedding: expected a request class of kind embedding, as load.embedding_share is above 0"
             )
         return fraction / (1.0 - fraction)
+
+    def _doubts(self) -> list[str]:
+        if not self.summary.with_blocks or self.trace.block_tokens:
+            return []
+        stated = self.trace.metadata.get("hash_block_tokens")
+        return [
+            f"{self.trace.path}: {self.summary.with_blocks:,} rows have hash_ids, but the metadata key hash_block_tokens "
+            f"{'is missing' if stated is None else f'is {stated!r}'}; expected the tokens of a block, so prompts share nothing "
+            "in a prefix cache"
+        ]
 
     def _caps(self, named: Mapping[str, RequestClass]) -> dict[str, int]:
         caps = {}

@@ -17,26 +17,53 @@ def device_facts(config: RunConfig, profiles: Mapping[str, Profile]) -> tuple[De
     return tuple(_device(number, group, profiles) for number, group in enumerate(groups))
 
 
+def devices_of(group: DeviceConfig, profiles: Mapping[str, Profile]) -> int:
+    """Devices that one of the group spans: tensor and pipeline parallelism, prefill and decode engines."""
+    if (apart := group.disaggregated) is not None:
+        prefill, decode = (profiles[llm.profile].hardware.count for llm in group.llms)
+        return apart.prefill_engines * prefill + apart.decode_engines * decode
+    count = max((profiles[engine.profile].hardware.count for engine in group.engines), default=1)
+    return count * (1 if group.llm is None else group.llm.pipeline_parallel)
+
+
+def listed_price(group: DeviceConfig, profiles: Mapping[str, Profile]) -> float | None:
+    """USD per hour by ``sage_sim/hardware.yaml``; None where its devices are unlisted, or of several kinds."""
+    names = {profiles[engine.profile].hardware.device for engine in group.engines}
+    found = hardware.facts(next(iter(names))) if len(names) == 1 else None
+    return None if found is None or found.price is None else found.price.usd_per_hour * devices_of(group, profiles)
+
+
+def price_of(group: DeviceConfig, profiles: Mapping[str, Profile]) -> float | None:
+    """USD per hour of one of the group: as configured, else as listed."""
+    return listed_price(group, profiles) if group.price_per_h is None else group.price_per_h
+
+
 def usage_fact(usage: ReplicaUsage | None) -> UsageFact | None:
     """What a simulated engine says of itself; None stays None."""
     if usage is None:
         return None
-    return UsageFact(usage.busy_ns, usage.iterations, usage.preemptions, usage.prefill_busy_ns)
+    return UsageFact(
+        usage.busy_ns,
+        usage.iterations,
+        usage.preemptions,
+        usage.prefill_busy_ns,
+        prefix_tokens=usage.prefix_queries,
+        prefix_hit_tokens=usage.prefix_hits,
+        itl_mean_ns=usage.itl_sum_ns / usage.itl_count if usage.itl_count else None,
+        batch_tokens=usage.tokens,
+        padded_tokens=usage.padded_tokens,
+    )
 
 
 def _device(number: int, group: DeviceConfig, profiles: Mapping[str, Profile]) -> DeviceFact:
     of = [profiles[engine.profile].hardware for engine in group.engines]
     names = sorted({each.device for each in of})
-    busy = count = max((each.count for each in of), default=1)
-    if group.llm is not None:
-        count *= group.llm.pipeline_parallel
-    if (apart := group.disaggregated) is not None:
-        prefill, decode = of
-        count = apart.prefill_engines * prefill.count + apart.decode_engines * decode.count
-        if prefill.count != decode.count:
-            busy = 0
+    count = devices_of(group, profiles)
+    busy = max((each.count for each in of), default=1)
+    if group.disaggregated is not None and len({each.count for each in of}) > 1:
+        busy = 0
     power, why = _power(names, count, busy)
-    return DeviceFact(number, group.node, names[0] if len(names) == 1 else None, count, power, why, group.price_per_h)
+    return DeviceFact(number, group.node, names[0] if len(names) == 1 else None, count, power, why, price_of(group, profiles))
 
 
 def _power(names: list[str], count: int, busy: int) -> tuple[PowerFact | None, str | None]:

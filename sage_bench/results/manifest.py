@@ -66,13 +66,20 @@ class UsageFact(msgspec.Struct, frozen=True):
     """What an engine did from joining to leaving or the end of the run; spans in ns.
 
     busy_ns: in iterations or batches. prefill_ns: the part of it in iterations with prompt tokens or in embedding
-    batches; the rest is decoding. Null: the engine does not tell them apart.
+    batches; the rest is decoding. Null: the engine does not tell them apart. prefix_tokens: tokens to prefill of all
+    admissions, of which prefix_hit_tokens were cached. itl_mean_ns: between successive tokens; null where there are none.
+    batch_tokens, padded_tokens: of embedding batches, and what they cost.
     """
 
     busy_ns: int
     iterations: int
     preemptions: int
     prefill_ns: int | None = None
+    prefix_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    itl_mean_ns: float | None = None
+    batch_tokens: int = 0
+    padded_tokens: int = 0
 
 
 class ReplicaFact(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sage_bench.traces.blocks import (
+    EXPECTED_IDS,
+    EXPECTED_TYPE,
+    RENUMBER,
+    BadId,
+    Blocks,
+    block_tokens,
+    is_block_lists,
+    read_blocks,
+)
 from sage_bench.traces.schema import KINDS, REQUIRED
 from sage_core.errors import ConfigError, DataError
 from sage_core.load import Contents
@@ -52,13 +62,17 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a scan of a window found: how much, when, which kinds, and the longest output of each kind."""
+    """What a scan of a window found: how much, when, which kinds, and the longest output of each kind.
+
+    with_blocks: rows with block ids; 0 where they were not asked for.
+    """
 
     rows: int
     first_s: float
     last_s: float
     rows_of: Mapping[str, int]
     output_tokens_max: Mapping[str, int]
+    with_blocks: int
 
 
 class Trace:
@@ -90,17 +104,21 @@ class Trace:
         self.metadata = {
             key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key != b"pandas"
         }
-        self._has_prefix = "hash_ids" in schema.names and pa.types.is_list(schema.field("hash_ids").type)
+        self._has_prefix = "hash_ids" in schema.names
+        if self._has_prefix:
+            _check_type(self.path, "hash_ids", schema.field("hash_ids").type)
         # Without a stated length the blocks are of various lengths: only the first one says something.
-        self._block_tokens = self._stated_block_tokens() if self._has_prefix else 0
+        self.block_tokens = block_tokens(self.metadata.get("hash_block_tokens", ""))
 
-    def rows(self, window_s: tuple[float, float] | None = None, *, prefix: bool = False) -> Iterator[Rows]:
+    def rows(
+        self, window_s: tuple[float, float] | None = None, *, prefix: bool = False, contents: bool = False
+    ) -> Iterator[Rows]:
         """Checked rows in order, optionally those with ``window_s[0] <= arrival_s < window_s[1]``.
 
-        prefix: fill the columns ``prefix`` and ``contents`` from ``hash_ids``.
+        prefix: check ``hash_ids`` and fill the column ``prefix`` from them. contents: fill ``contents`` too.
         Raises DataError at the first broken row. Rows after the window are not read.
         """
-        columns = [*REQUIRED, *(["hash_ids"] if prefix and self._has_prefix else [])]
+        columns = [*REQUIRED, *(["hash_ids"] if (prefix or contents) and self._has_prefix else [])]
         first, last_s = 0, 0.0
         batches = self._file.iter_batches(batch_size=BATCH_ROWS, columns=columns)
         while True:
@@ -115,7 +133,7 @@ class Trace:
                 return
             if batch.num_rows == 0:
                 continue
-            rows = self._checked(batch, first, last_s)
+            rows = self._checked(batch, first, last_s, contents)
             first, last_s = first + batch.num_rows, float(rows.arrival_s[-1])
             if window_s is None:
                 yield rows
@@ -126,17 +144,19 @@ class Trace:
             if stop < len(rows.arrival_s):
                 return
 
-    def scan(self, window_s: tuple[float, float] | None = None) -> Summary:
-        """Check every row up to the end of the window and say what the window holds."""
+    def scan(self, window_s: tuple[float, float] | None = None, *, prefix: bool = False) -> Summary:
+        """Check every row up to the end of the window, with ``prefix`` its ``hash_ids`` too, and say what the window
+        holds."""
         counts = np.zeros(len(KINDS), np.int64)
         longest = np.zeros(len(KINDS), np.int64)
-        first_s = last_s = 0.0
-        for rows in self.rows(window_s):
+        first_s, last_s, with_blocks = 0.0, 0.0, 0
+        for rows in self.rows(window_s, prefix=prefix):
             if not counts.any():
                 first_s = float(rows.arrival_s[0])
             last_s = float(rows.arrival_s[-1])
             counts += np.bincount(rows.kind, minlength=len(KINDS))
             np.maximum.at(longest, rows.kind, rows.output_tokens)
+            with_blocks += int(np.count_nonzero(rows.prefix))
         present = [k for k in range(len(KINDS)) if counts[k]]
         return Summary(
             int(counts.sum()),
@@ -144,6 +164,7 @@ class Trace:
             last_s,
             {KINDS[k]: int(counts[k]) for k in present},
             {KINDS[k]: int(longest[k]) for k in present},
+            with_blocks,
         )
 
     def sha256(self) -> str:
@@ -157,15 +178,17 @@ class Trace:
             raise ConfigError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         return KINDS.index(kind)
 
-    def _checked(self, batch: Any, first: int, last_s: float) -> Rows:
+    def _checked(self, batch: Any, first: int, last_s: float, with_contents: bool) -> Rows:
         column = {name: batch.column(name) for name in REQUIRED}
         for name in REQUIRED:
             if column[name].null_count:
                 at = int(np.flatnonzero(column[name].is_null().to_numpy(zero_copy_only=False))[0])
                 self._broken(first + at, name, None, "a value in every row")
-        arrival_s = column["arrival_s"].cast(pa.float64()).to_numpy(zero_copy_only=False)
-        prompt = column["prompt_tokens"].cast(pa.int64()).to_numpy(zero_copy_only=False)
-        output = column["output_tokens"].cast(pa.int64()).to_numpy(zero_copy_only=False)
+        # Of integers beyond 2^53, which are out of range, the nearest float64 is as good.
+        arrival_s = column["arrival_s"].cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        # As they are until they are checked: not every uint64 is an int64.
+        prompt = column["prompt_tokens"].to_numpy(zero_copy_only=False)
+        output = column["output_tokens"].to_numpy(zero_copy_only=False)
         kind = pc.index_in(column["kind"].cast(pa.string()), value_set=pa.array(KINDS))
         self._require(
             kind.is_valid().to_numpy(zero_copy_only=False), first, "kind", column["kind"], f"one of {', '.join(KINDS)}"
@@ -183,27 +206,30 @@ class Trace:
         self._require(~embedding | (output == 0), first, "output_tokens", output, "0 for an embedding")
         generated = embedding | ((output >= 1) & (output < 2**31))
         self._require(generated, first, "output_tokens", output, "at least 1 for chat and generation")
+        prompt, output = prompt.astype(np.int64), output.astype(np.int64)
         prefix = np.zeros(len(arrival_s), np.int64)
-        if "hash_ids" in batch.schema.names:
-            prefix = _first_blocks(batch.column("hash_ids")) + 1
-            self._require(prefix >= 0, first, "hash_ids", prefix - 1, "block ids of at least 0")
         contents = np.full(len(arrival_s), None, np.object_)
-        if "hash_ids" in batch.schema.names and self._block_tokens:
-            self._fill_contents(contents, batch.column("hash_ids"), prompt, first)
+        if "hash_ids" in batch.schema.names:
+            blocks = self._blocks(batch.column("hash_ids"), first)
+            filled = np.diff(blocks.start) > 0
+            prefix[filled] = blocks.ids[blocks.start[:-1][filled]] + 1
+            if with_contents and self.block_tokens:
+                self._fill_contents(contents, blocks, prompt)
         return Rows(first, arrival_s, prompt, output, kinds, prefix, contents)
 
-    def _stated_block_tokens(self) -> int:
-        stated = self.metadata.get("hash_block_tokens", "")
-        return int(stated) if stated.isdigit() else 0
+    def _blocks(self, lists: Any, first: int) -> Blocks:
+        try:
+            return read_blocks(lists)
+        except BadId as bad:
+            self._broken(first + bad.row, "hash_ids", bad.found, EXPECTED_IDS, RENUMBER)
 
-    def _fill_contents(self, contents: NDArray[np.object_], lists: Any, prompt: NDArray[np.int64], first: int) -> None:
-        tokens = self._block_tokens
-        for at, ids in enumerate(lists.to_pylist()):
-            if ids:
-                if min(ids) < 0:
-                    self._broken(first + at, "hash_ids", min(ids), "block ids of at least 0")
-                # The last block may be a part of one, and a part is not cached.
-                contents[at] = Contents(tokens, tuple(ids[: int(prompt[at]) // tokens]))
+    def _fill_contents(self, contents: NDArray[np.object_], blocks: Blocks, prompt: NDArray[np.int64]) -> None:
+        ids, tokens = blocks.ids.tolist(), self.block_tokens
+        # The last block may be a part of one, and a part is not cached.
+        stop = np.minimum(blocks.start[1:], blocks.start[:-1] + prompt // tokens).tolist()
+        start = blocks.start.tolist()
+        for at in np.flatnonzero(np.diff(blocks.start)).tolist():
+            contents[at] = Contents(tokens, tuple(ids[start[at] : stop[at]]))
 
     def _require(self, fits: NDArray[np.bool_], first: int, column: str, values: Any, expected: str) -> None:
         if not fits.all():
@@ -211,7 +237,7 @@ class Trace:
             value = values[at]
             self._broken(first + at, column, value.as_py() if hasattr(value, "as_py") else value.item(), expected)
 
-    def _broken(self, row: int, column: str, value: object, expected: str, do: str = "") -> None:
+    def _broken(self, row: int, column: str, value: object, expected: str, do: str = "") -> NoReturn:
         advice = do or "repair the row, or import the source again with `sage trace import --skip-bad`"
         found = "nothing" if value is None else f"{value!r}" if isinstance(value, str) else f"{value}"
         raise DataError(
@@ -232,22 +258,12 @@ def _check_type(path: Path, column: str, found: Any) -> None:
             fits = pa.types.is_string(found.value_type) or pa.types.is_large_string(found.value_type)
     elif column == "arrival_s":
         fits, expected = pa.types.is_floating(found) or pa.types.is_integer(found), "float64 (seconds)"
+    elif column == "hash_ids":
+        fits, expected = is_block_lists(found), EXPECTED_TYPE
     else:
         fits, expected = pa.types.is_integer(found), "int32 (tokens)"
     if not fits:
         raise DataError(f"{path}: column {column}: expected type {expected}, found {found}; convert the column")
-
-
-def _first_blocks(lists: Any) -> NDArray[np.int64]:
-    """(n,) first id of each list; -1 where the list is empty or null, less where the id is negative."""
-    offsets = lists.offsets.to_numpy(zero_copy_only=False)
-    filled = (np.diff(offsets) > 0) & lists.is_valid().to_numpy(zero_copy_only=False)
-    first = np.full(len(lists), -1, np.int64)
-    if filled.any():
-        values = lists.values.to_numpy(zero_copy_only=False)
-        heads = values[offsets[:-1][filled]].astype(np.int64)
-        first[filled] = np.where(heads < 0, heads - 1, heads)
-    return first
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,8 @@ One row per request, in order of arrival. ``arrival_s`` counts from any origin a
 not kept: sizes, kinds and the identity of shared prefixes are all that scheduling can see.
 
 Metadata keys of the Parquet schema: ``source``, ``source_sha256``, ``importer``, ``importer_version``,
-``rows_skipped``, ``rows_reordered``, ``license`` and ``hash_block_tokens`` (tokens per prefix block), where known.
+``rows_skipped``, ``rows_reordered``, ``license`` and ``hash_block_tokens`` (tokens per prefix block), where known. Files of
+others may have ``hash_ids`` as any list of integers (``traces.blocks``).
 """
 
 from __future__ import annotations

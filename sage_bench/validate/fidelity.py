@@ -11,6 +11,9 @@ Files of ``out``::
     fidelity_requests.parquet  one row per request: measured and simulated latencies
     fidelity_series.parquet    one row per tick, where a time series was given
     run/                       the simulated run itself, as `sage run` writes it
+
+The figures of ``sage validate`` lie beside them. Whatever an earlier call left there, but its ``run/``, goes first, so
+that a call that fails leaves no files of another one.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from sage_bench.results.writer import output_error
 from sage_bench.run import RunResult, run
 from sage_bench.validate.compare import Compared, Latency, Series, at_ticks, compared, latency, series, tpot_s
 from sage_bench.validate.load import MeasuredLoad, order
-from sage_bench.validate.measured import SERIES, MeasuredRun, MeasuredSeries, read_run, read_series
+from sage_bench.validate.measured import SERIES, MeasuredRun, MeasuredSeries, check_series, read_run, read_series
 from sage_bench.validate.setup import Asked, Setup, resolve
 from sage_core.errors import DataError
 from sage_sim.profile import load_profile
@@ -41,6 +44,9 @@ from sage_sim.profile import load_profile
 FIDELITY: Final = "fidelity.json"
 REQUESTS: Final = "fidelity_requests.parquet"
 SERIES_FILE: Final = "fidelity_series.parquet"
+LATENCY_FIGURE: Final = "fidelity_latency"
+SERIES_FIGURE: Final = "fidelity_series"
+"""Names of the figures, without their suffixes."""
 
 Columns: TypeAlias = dict[str, NDArray[Any]]
 """(n,) each, by name: a table to be written."""
@@ -84,9 +90,12 @@ class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
 
 def validate(measured: Path, asked: Asked, out: Path, timeseries: Path | None = None) -> Fidelity:
     """Replay ``measured`` and write the files of the module's docstring into ``out``. Raises SageError."""
+    _clear(out)
     found = read_run(measured)
     ticks = None if timeseries is None else read_series(timeseries)
     setup, notes = resolve(asked, found, load_profile(asked.profile))
+    if ticks is not None:
+        notes += check_series(ticks, found, setup.arrivals)
     result = _simulate(found, ticks, setup, out)
     requests = _requests(found, setup, Run(result.folder))
     columns = None if ticks is None else _ticks(found, ticks, setup, Run(result.folder))
@@ -204,6 +213,15 @@ def _ticks(found: MeasuredRun, ticks: MeasuredSeries, setup: Setup, simulated: R
     return columns
 
 
+def _clear(out: Path) -> None:
+    figures = [f"{name}{suffix}" for name in (LATENCY_FIGURE, SERIES_FIGURE) for suffix in (".pdf", ".png")]
+    try:
+        for name in (FIDELITY, REQUESTS, SERIES_FILE, *figures):
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise output_error(out, error) from error
+
+
 def _write(
     out: Path,
     fidelity: Fidelity,
@@ -212,7 +230,6 @@ def _write(
 ) -> None:
     try:
         pq.write_table(_table(requests), out / REQUESTS, compression="zstd")
-        (out / SERIES_FILE).unlink(missing_ok=True)
         if columns is not None:
             pq.write_table(_table(columns), out / SERIES_FILE, compression="zstd")
         (out / FIDELITY).write_bytes(msgspec.json.format(msgspec.json.encode(fidelity), indent=2) + b"\n")

@@ -97,7 +97,7 @@ def read_run(path: Path) -> MeasuredRun:
         "no less than the row before",
         "sort the rows by arrival_s",
     )
-    order = ("queued_s", "scheduled_s", "first_token_s", "last_token_s")
+    order = ("arrival_s", "queued_s", "scheduled_s", "first_token_s", "last_token_s")
     for before, after in itertools.pairwise(order):
         file.require(
             instants[after] >= instants[before] - ROUNDING_S,
@@ -145,6 +145,22 @@ def read_series(path: Path) -> MeasuredSeries:
             "0 to 100 (per cent)" if name == "kv_cache_pct" else "a number from 0",
         )
     return MeasuredSeries(path, t, **columns)
+
+
+def check_series(series: MeasuredSeries, run: MeasuredRun, arrivals: Arrivals) -> list[str]:
+    """Notes on the units of ``series``. Raises :class:`DataError`: none of it is of the time of ``run``."""
+    first_s, last_s = float(run.start_s(arrivals).min()), float(run.last_token_s.max())
+    if not ((series.t >= first_s) & (series.t <= last_s)).any():
+        raise DataError(
+            f"{series.path}: column t: expected instants of the run, from {first_s:.9g} to {last_s:.9g} s in {run.path}, found "
+            f"{series.t[0]:.9g} to {series.t[-1]:.9g}; give both files the same clock, in seconds"
+        )
+    highest = float(series.kv_cache_pct.max())
+    if 0 < highest <= 1:
+        return [
+            f"{series.path}: kv_cache_pct never exceeds 1 and is taken as per cent; if it is a share, multiply it by 100"
+        ]
+    return []
 
 
 def _check_latencies(file: _File, run: MeasuredRun) -> None:
@@ -198,14 +214,14 @@ class _File:
         column = self._table[name]
         if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
             raise DataError(f"{self._path}: column {name}: expected numbers, found {column.type}; convert the column")
-        values: Seconds = column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+        values: Seconds = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
         if not nulls:
             self.require(np.isfinite(values), name, values, expected, "leave out requests that did not finish")
         return values
 
     def whole(self, name: str, least: int, most: int) -> NDArray[np.int64]:
         """(n,) a column of whole numbers from ``least`` to ``most``."""
-        expected = f"a whole number from {least}"
+        expected = f"a whole number from {least} to {most}"
         values = self.numbers(name, expected)
         self.require((values >= least) & (values <= most) & (values == np.floor(values)), name, values, expected)
         return values.astype(np.int64)

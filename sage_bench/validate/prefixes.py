@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sage_bench.traces.blocks import (
+    EXPECTED_IDS,
+    EXPECTED_TYPE,
+    RENUMBER,
+    BadId,
+    block_tokens,
+    is_block_lists,
+    read_blocks,
+)
 from sage_bench.validate.measured import MeasuredRun
 from sage_core.errors import DataError
 from sage_core.load import Contents
@@ -25,10 +36,12 @@ def find_prefix_trace(run: MeasuredRun, block_size: int) -> Path | None:
         try:
             with pq.ParquetFile(path) as file:
                 schema = file.schema_arrow
-                stated = (schema.metadata or {}).get(b"hash_block_tokens", b"")
-                if not {"prompt_tokens", "output_tokens", "hash_ids"} <= set(schema.names) or not stated.isdigit():
+                if not {"prompt_tokens", "output_tokens", "hash_ids"} <= set(schema.names):
                     continue
-                if not int(stated) or int(stated) % block_size or file.metadata.num_rows != len(run):
+                tokens = block_tokens(_stated(schema))
+                if not tokens or tokens % block_size or not is_block_lists(schema.field("hash_ids").type):
+                    continue
+                if file.metadata.num_rows != len(run):
                     continue
                 lengths = file.read(columns=["prompt_tokens", "output_tokens"])
         except (pa.ArrowException, OSError):
@@ -48,7 +61,7 @@ def read_prefixes(path: Path, run: MeasuredRun) -> list[Contents]:
     """
     try:
         with pq.ParquetFile(path) as file:
-            metadata = file.schema_arrow.metadata or {}
+            stated = _stated(file.schema_arrow)
             table = file.read(columns=["prompt_tokens", "hash_ids"])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -57,12 +70,14 @@ def read_prefixes(path: Path, run: MeasuredRun) -> list[Contents]:
         raise DataError(
             f"{path}: expected columns prompt_tokens and hash_ids; without them prompts have nothing in common"
         )
-    stated = metadata.get(b"hash_block_tokens", b"").decode()
-    if not stated.isdecimal() or int(stated) < 1:
+    tokens = block_tokens(stated)
+    if not tokens:
         raise DataError(
             f"{path}: expected tokens per block in the metadata key hash_block_tokens, found {stated or 'nothing'}"
         )
-    tokens = int(stated)
+    found = table.schema.field("hash_ids").type
+    if not is_block_lists(found):
+        raise DataError(f"{path}: column hash_ids: expected type {EXPECTED_TYPE}, found {found}; convert the column")
     prompts = table["prompt_tokens"].to_numpy()
     if len(prompts) != len(run):
         raise DataError(f"{path}: {len(prompts)} rows, but {run.path} has {len(run)}; expected the trace of that run")
@@ -72,13 +87,25 @@ def read_prefixes(path: Path, run: MeasuredRun) -> list[Contents]:
             f"{path}: row {row} (from 0) has {prompts[row]} prompt tokens, but {run.path} {run.prompt_tokens[row]}; expected the "
             "trace of that run"
         )
-    contents = []
-    for row, ids in enumerate(table["hash_ids"].to_pylist()):
-        blocks = tuple(ids or ())
-        if len(blocks) * tokens > prompts[row] or not all(type(each) is int and each >= 0 for each in blocks):
-            raise DataError(
-                f"{path}: row {row} (from 0), column hash_ids: expected ids from 0 of the {prompts[row] // tokens} full blocks of "
-                f"its {prompts[row]} prompt tokens"
-            )
-        contents.append(Contents(tokens, blocks))
-    return contents
+    try:
+        blocks = read_blocks(table["hash_ids"].combine_chunks())
+    except BadId as bad:
+        raise DataError(
+            f"{path}: row {bad.row} (from 0), column hash_ids: expected {EXPECTED_IDS}, found "
+            f"{'nothing' if bad.found is None else bad.found}; {RENUMBER}"
+        ) from None
+    lengths = np.diff(blocks.start)
+    if (over := lengths * tokens > run.prompt_tokens).any():
+        row = int(over.argmax())
+        raise DataError(
+            f"{path}: row {row} (from 0), column hash_ids: expected ids of the {run.prompt_tokens[row] // tokens} full "
+            f"blocks of its {run.prompt_tokens[row]} prompt tokens at most, found {lengths[row]} ids; leave out the block that "
+            "is not full"
+        )
+    ids, start = blocks.ids.tolist(), blocks.start.tolist()
+    return [Contents(tokens, tuple(ids[first:stop])) for first, stop in itertools.pairwise(start)]
+
+
+def _stated(schema: Any) -> str:
+    value: bytes = (schema.metadata or {}).get(b"hash_block_tokens", b"")
+    return value.decode(errors="replace")

@@ -140,3 +140,37 @@ class TestDisaggregated:
         embed = self.APART.format(1.0).replace("disaggregated:", "embed: {profile: bge-m3-h100}, disaggregated:")
         with pytest.raises(ConfigError, match=r"devices\[0\]\.disaggregated: stands for devices of its own"):
             go(*ONE, embed)
+
+
+class TestPrice:
+    TP4 = "cluster.devices=[{{node: gpu{}, llm: {{profile: llama-2-70b-h100-tp4}}}}]"
+
+    def test_what_is_not_given_is_listed_for_all_devices(self, go: Go) -> None:
+        assert read_manifest(go(*ONE, self.TP4.format("")).folder).price_per_h == pytest.approx(4 * 6.88, rel=0.01)
+
+    def test_a_price_of_one_device_for_four_is_noted(self, go: Go) -> None:
+        result = go(*ONE, self.TP4.format(", price_per_h: 6.88"))
+        assert any("price_per_h is 6.88 USD for 4 x h100_sxm, listed at" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("llm", "says"),
+    [
+        (", kv_tokens: 20000, gpu_memory_utilization: 0.5", "kv_tokens, gpu_memory_utilization: both say how large"),
+        (", max_model_len: 1000000", "max_model_len: .* has 131072 positions, got 1000000"),
+        (", weights_gib_per_s: 1.0e300", "weights_gib_per_s: expected"),
+    ],
+)
+def test_what_contradicts(go: Go, llm: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        go(*ONE, cluster(llm))
+
+
+def test_too_many_devices(go: Go) -> None:
+    with pytest.raises(ConfigError, match=r"expected at most 100,000 devices in all, got 1,000,000,000"):
+        go(*ONE, cluster(count=1_000_000_000))
+
+
+def test_a_prior_is_announced_as_one(go: Go) -> None:
+    result = go(*ONE, "load.requests=2", "cluster.devices=[{node: l4, llm: {profile: llama-3.1-8b-l4-tp1}}]")
+    assert any("a prior from data sheets, nothing of this model was measured" in warning for warning in result.warnings)

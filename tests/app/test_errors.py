@@ -94,7 +94,7 @@ WRONG_VALUES = [
     # clusters
     ("cluster.devices=[]", "cluster.devices: expected at least one device"),
     ("cluster.devices=null", "config: cluster.devices: expected `array`, got None"),
-    ("cluster.devices=[{node: a}]", "cluster.devices[0]: expected llm, embed or operator"),
+    ("cluster.devices=[{node: a}]", "cluster.devices[0]: expected llm, embed, disaggregated or operator"),
     ("cluster.devices.0.count=0", "config: cluster.devices[0].count: expected `int` >= 1, got 0"),
     (f"{LLM}.max_num_seqs=0", "config: cluster.devices[0].llm.max_num_seqs: expected `int` >= 1, got 0"),
     (f"{LLM}.max_num_seqs=5000", "cluster.devices[0]: max_num_batched_tokens: expected at least max_num_seqs = 5000"),

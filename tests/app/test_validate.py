@@ -112,12 +112,13 @@ def test_rows_stay_with_their_requests(
     measured: Callable[..., Path], fidelity: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """Requests that reach the engine in another order than they were sent in: each row is compared with its own."""
-    queued = table()["queued_s"].to_numpy().copy()
+    queued, arrival = table()["queued_s"].to_numpy().copy(), table()["arrival_s"].to_numpy().copy()
     queued[[3, 4, 5]] = queued[[5, 3, 4]]
+    arrival[[4, 5]] = arrival[3]
     shift = {
         name: queued + after for name, after in (("scheduled_s", 0.01), ("first_token_s", 0.05), ("last_token_s", 0.9))
     }
-    fidelity(measured(queued_s=queued, **shift))
+    fidelity(measured(arrival_s=arrival, queued_s=queued, **shift))
     rows = pq.read_table(tmp_path / "out" / REQUESTS).to_pandas()
     assert rows["row"].tolist() == list(range(40))
     assert rows["request"].tolist()[3:6] == [5, 3, 4]
@@ -174,6 +175,41 @@ def test_series_are_those_of_the_engine_at_the_ticks(
     assert found["series"]["running"]["bias"] == pytest.approx(difference.mean())
     assert found["series"]["running"]["mean_abs_error"] == pytest.approx(difference.abs().mean())
     assert {run.manifest.digest for run in load_runs(tmp_path / "out")} == {found["digest"]}
+
+
+def test_usage_that_may_be_a_share_is_told(
+    measured: Callable[..., Path], fidelity: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    for usage, told in ((0.9, True), (1.1, False), (0.0, False)):
+        pq.write_table(series_table(kv_cache_pct=np.full(12, usage)), tmp_path / "series.parquet")
+        notes = fidelity(measured(), "--timeseries", tmp_path / "series.parquet")["warnings"]
+        assert any("kv_cache_pct never exceeds 1" in note for note in notes) == told, usage
+
+
+def test_one_tick_of_the_run_is_enough(
+    measured: Callable[..., Path], fidelity: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    pq.write_table(
+        series_table(t=np.arange(12.0) - 11 + 0.01), tmp_path / "series.parquet"
+    )  # the last one is the first start
+    assert fidelity(measured(), "--timeseries", tmp_path / "series.parquet")["series"]["running"]["ticks"] == 12
+
+
+def test_files_of_another_call_do_not_stay(sage: Sage, measured: Callable[..., Path], tmp_path: Path) -> None:
+    pq.write_table(series_table(), tmp_path / "series.parquet")
+    out, file = tmp_path / "out", measured()
+    always = ("validate", "--measured", file, "--profile", PROFILE, "--out", out)
+
+    def names() -> set[str]:
+        return {path.name for path in out.iterdir()}
+
+    assert sage(*always, "--timeseries", tmp_path / "series.parquet").code == 0
+    (out / "notes.txt").write_text("not ours")
+    assert {"fidelity_series.png", "fidelity_latency.pdf", SERIES_FILE} < names()
+    assert sage(*always, "--no-figures").code == 0
+    assert names() == {FIDELITY, REQUESTS, "run", "notes.txt"}
+    assert sage(*always, "--kv-blocks", 2).code == 2
+    assert names() == {"run", "notes.txt"}
 
 
 def test_settings_of_the_file_are_the_defaults(
@@ -293,17 +329,27 @@ def broken(column: str, row: int, value: Any) -> dict[str, Any]:
         (broken("queued_s", 7, float("nan")), "row 7 (from 0), column queued_s: expected a finite number"),
         (broken("first_token_s", 7, None), "row 7 (from 0), column first_token_s: expected a finite number"),
         (broken("arrival_s", 7, -1.0), "row 7 (from 0), column arrival_s: expected no less than the row before"),
+        (broken("queued_s", 3, 0.3), "row 3 (from 0), column queued_s: expected no less than arrival_s"),
+        (
+            {"arrival_s": [30.0 + i for i in range(40)]},
+            "row 0 (from 0), column queued_s: expected no less than arrival_s",
+        ),
+        (
+            {"prompt_tokens": [2**53 + 1] * 40},
+            "row 0 (from 0), column prompt_tokens: expected a whole number from 1 to 2147483647, found 9.00719925e+15",
+        ),
+        ({"priority": [0] * 3 + [2**63 - 1] * 37}, "row 3 (from 0), column priority: expected a whole number from 0"),
         (broken("queued_s", 3, 4.0), "row 3 (from 0), column scheduled_s: expected no less than queued_s"),
         (broken("last_token_s", 3, 0.1), "row 3 (from 0), column last_token_s: expected no less than first_token_s"),
         (
             broken("output_tokens", 5, 0),
-            "row 5 (from 0), column output_tokens: expected a whole number from 1, found 0",
+            "row 5 (from 0), column output_tokens: expected a whole number from 1 to 2147483647, found 0",
         ),
         (broken("prompt_tokens", 5, -3), "row 5 (from 0), column prompt_tokens"),
         ({"prompt_tokens": ["many"] * 40}, "column prompt_tokens: expected numbers"),
         (
             {"prompt_tokens": [1.5] * 40},
-            "row 0 (from 0), column prompt_tokens: expected a whole number from 1, found 1.5",
+            "row 0 (from 0), column prompt_tokens: expected a whole number from 1 to 2147483647, found 1.5",
         ),
         (broken("max_num_seqs", 9, 17), "row 9 (from 0), column max_num_seqs: expected 16 as in row 0"),
         ({"ttft_ms": [49.9 + i for i in range(40)]}, "row 2 (from 0), column ttft_ms"),
@@ -327,6 +373,8 @@ def test_broken_files_name_the_row(
         ({"t": [1.0, 3.0, 2.0, *range(4, 13)]}, "row 2 (from 0), column t"),
         ({"kv_cache_pct": [101.0] * 12}, "row 0 (from 0), column kv_cache_pct: expected 0 to 100"),
         ({"waiting": [-1] * 12}, "row 0 (from 0), column waiting"),
+        ({"t": np.arange(1e6, 1e6 + 12)}, "column t: expected instants of the run, from 0.01 to"),
+        ({"t": np.arange(-12.0, 0.0)}, "found -12 to -1; give both files the same clock"),
     ],
 )
 def test_broken_series_name_the_row(

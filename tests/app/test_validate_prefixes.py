@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sage_bench.validate.measured import MeasuredRun, read_run
-from sage_bench.validate.prefixes import read_prefixes
+from sage_bench.validate.prefixes import find_prefix_trace, read_prefixes
 from sage_core.errors import DataError
 from sage_core.load import Contents
 
@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> MeasuredRun:
     return read_run(tmp_path / "run.parquet")
 
 
-def trace(folder: Path, block: int | None = 16, **columns: Any) -> Path:
+def trace(folder: Path, block: int | str | None = 16, **columns: Any) -> Path:
     whole = {"prompt_tokens": PROMPTS, "hash_ids": [[7, 8, 9, 4], [7, 2], []]} | columns
     table = pa.table({name: pa.array(values) for name, values in whole.items() if values is not None})
     metadata = {} if block is None else {"hash_block_tokens": str(block)}
@@ -40,24 +40,51 @@ def test_blocks_are_those_of_the_trace(tmp_path: Path, run: MeasuredRun, block: 
     assert found == [Contents(block, (7, 8, 9, 4)), Contents(block, (7, 2)), Contents(block, ())]
 
 
+@pytest.mark.parametrize("kind", [pa.large_list(pa.int64()), pa.list_(pa.uint8(), 2)], ids=str)
+def test_any_list_of_integers_is_blocks(tmp_path: Path, run: MeasuredRun, kind: pa.DataType) -> None:
+    found = read_prefixes(trace(tmp_path, hash_ids=pa.array([[7, 8], [7, 2], None], kind)), run)
+    assert [each.blocks for each in found] == [(7, 8), (7, 2), ()]
+
+
+@pytest.mark.parametrize(("ids", "taken"), [([[1], [1], []], True), ([["a"], ["a"], []], False)])
+def test_a_trace_is_found_where_its_blocks_can_be_used(
+    tmp_path: Path, run: MeasuredRun, ids: list[Any], taken: bool
+) -> None:
+    path = trace(tmp_path, hash_ids=ids, output_tokens=[5, 5, 5])
+    assert find_prefix_trace(run, 16) == (path if taken else None)
+
+
 @pytest.mark.parametrize(
     ("block", "columns", "told"),
     [
         (None, {}, "hash_block_tokens, found nothing"),
         (0, {}, "hash_block_tokens, found 0"),
+        ("²", {}, "hash_block_tokens, found ²"),
         (16, {"hash_ids": None}, "hash_ids"),
         (16, {"prompt_tokens": [70, 34, 15]}, "row 1 (from 0) has 34 prompt tokens"),
         (16, {"prompt_tokens": [70, 33], "hash_ids": [[], []]}, "2 rows, but"),
         (
             16,
             {"hash_ids": [[1, 2, 3, 4, 5], [], []]},
-            "row 0 (from 0), column hash_ids: expected ids from 0 of the 4 full",
+            "row 0 (from 0), column hash_ids: expected ids of the 4 full",
         ),
-        (16, {"hash_ids": [[], [-1], []]}, "row 1 (from 0), column hash_ids"),
+        (
+            16,
+            {"hash_ids": [[], [-1], []]},
+            "row 1 (from 0), column hash_ids: expected block ids from 0 to 2^31-1, found -1",
+        ),
+        (
+            16,
+            {"hash_ids": [[], [3, 2**62], []]},
+            "row 1 (from 0), column hash_ids: expected block ids from 0 to 2^31-1",
+        ),
+        (16, {"hash_ids": [[], [3, None], []]}, "found nothing; renumber them"),
+        (16, {"hash_ids": [["a"], [], []]}, "column hash_ids: expected type list of int32"),
+        (16, {"hash_ids": [[1.0], [], []]}, "column hash_ids: expected type list of int32"),
     ],
 )
 def test_other_traces_are_refused(
-    tmp_path: Path, run: MeasuredRun, block: int | None, columns: dict[str, Any], told: str
+    tmp_path: Path, run: MeasuredRun, block: int | str | None, columns: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(DataError) as refused:
         read_prefixes(trace(tmp_path, block, **columns), run)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from sage_bench.loads import Fixed, OpenLoop, RequestClass, TraceLoad, Uniform
+from sage_bench.loads.mix import BLOCK_TOKENS
 from sage_core.errors import ConfigError, DataError
 from sage_core.load import Arrival, ColumnLoad, Contents
 from sage_core.rng import Streams
@@ -49,6 +50,36 @@ def test_blocks_of_no_stated_length_say_nothing(write_trace: WriteTrace) -> None
     assert blocks(path) == [None, None]
 
 
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [(None, "is missing"), ({"hash_block_tokens": "x"}, "is 'x'"), ({"hash_block_tokens": "-64"}, "is '-64'")],
+)
+def test_blocks_of_no_stated_length_are_told(
+    write_trace: WriteTrace, metadata: dict[str, str] | None, told: str
+) -> None:
+    ids = pa.array([[4, 5], None, [4, 9]], pa.list_(pa.int32()))
+    path = write_trace(hash_ids=ids, metadata=metadata)
+    (note,) = TraceLoad(str(path), streams=Streams(1), slo=SloTable({})).notes
+    assert "2 rows have hash_ids" in note and f"hash_block_tokens {told}" in note and str(path) in note
+
+
+@pytest.mark.parametrize(
+    ("ids", "metadata"),
+    [(pa.nulls(2, pa.list_(pa.int32())), None), (pa.array([[4], [4]]), {"hash_block_tokens": "16"})],
+)
+def test_nothing_is_told_of_no_blocks_or_stated_ones(
+    write_trace: WriteTrace, ids: pa.Array, metadata: dict[str, str] | None
+) -> None:
+    path = write_trace(hash_ids=ids, metadata=metadata)
+    assert TraceLoad(str(path), streams=Streams(1), slo=SloTable({})).notes == []
+
+
+def test_a_bad_block_late_in_a_trace_stops_the_load_before_it_begins(write_trace: WriteTrace) -> None:
+    path = write_trace(hash_ids=pa.array([[4], [4], [4], [2**31]], pa.list_(pa.int64())))
+    with pytest.raises(DataError, match=r"row 3 \(from 0\), column hash_ids"):
+        TraceLoad(str(path), streams=Streams(1), slo=SloTable({}))
+
+
 def test_a_negative_block_is_named(write_trace: WriteTrace) -> None:
     ids = pa.array([[4, 5], [4, -9]], pa.list_(pa.int32()))
     path = write_trace(
@@ -56,7 +87,7 @@ def test_a_negative_block_is_named(write_trace: WriteTrace) -> None:
         metadata={"hash_block_tokens": "16"},
     )  # fmt: skip
     with pytest.raises(
-        DataError, match=r"row 1 \(from 0\), column hash_ids: expected block ids of at least 0, found -9"
+        DataError, match=r"row 1 \(from 0\), column hash_ids: expected block ids from 0 to 2\^31-1, found -9"
     ):
         blocks(path)
 
@@ -104,6 +135,13 @@ def test_columns_are_the_arrivals(prefix_tokens: int) -> None:
     ]  # fmt: skip
     assert rows == arrivals
     assert np.any([row[-1] is not None for row in arrivals]) == bool(prefix_tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, BLOCK_TOKENS - 1])
+def test_a_prefix_of_less_than_a_block_is_a_mistake(tokens: int) -> None:
+    with pytest.raises(ConfigError, match=rf"prefix_tokens: {tokens} is less than one block.* at least 16, or 0"):
+        RequestClass("chat", prefixes=2, prefix_tokens=tokens)
+    RequestClass("chat", prefixes=2, prefix_tokens=BLOCK_TOKENS)
 
 
 def test_tokens_of_no_prefix_are_a_mistake() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sage_bench.traces import reader
+from sage_bench.traces.blocks import BadId, block_tokens, read_blocks
 from sage_bench.traces.reader import Trace
 from sage_core.errors import DataError
 
@@ -50,6 +54,78 @@ def test_prefix_is_the_first_block(write_trace: WriteTrace) -> None:
     path = write_trace(hash_ids=blocks)
     assert next(Trace(path).rows(prefix=True)).prefix.tolist() == [8, 0, 0, 1]
     assert next(Trace(path).rows()).prefix.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.int8()),
+        pa.list_(pa.int64()),
+        pa.large_list(pa.int32()),
+        pa.large_list(pa.uint64()),
+        pa.list_(pa.int32(), 2),
+        pa.list_(pa.uint16(), 2),
+    ],
+    ids=str,
+)
+def test_any_list_of_integers_is_blocks(
+    kind: pa.DataType, write_trace: WriteTrace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row, over batches that begin within the file, with rows that have none."""
+    monkeypatch.setattr(reader, "BATCH_ROWS", 2)
+    path = write_trace(
+        hash_ids=pa.array([[7, 8], None, [7, 9], None, [0, 3]], kind), metadata={"hash_block_tokens": "32"}
+    )
+    rows = list(Trace(path).rows(contents=True))
+    assert len(rows) > 1
+    assert np.concatenate([each.prefix for each in rows]).tolist() == [8, 0, 8, 0, 1]
+    assert [each and each.blocks for part in rows for each in part.contents] == [(7, 8), None, (7, 9), None, (0, 3)]
+
+
+@pytest.mark.parametrize("blocks", [pa.nulls(4), pa.array([[], None, [], []])], ids=["nulls", "empty"])
+def test_a_column_without_any_block_is_none(blocks: pa.Array, write_trace: WriteTrace) -> None:
+    path = write_trace(hash_ids=blocks, metadata={"hash_block_tokens": "32"})
+    (rows,) = Trace(path).rows(contents=True)
+    assert rows.prefix.tolist() == [0] * 4 and rows.contents.tolist() == [None] * 4
+
+
+IDS = st.lists(st.none() | st.lists(st.integers(0, 2**31 - 1), max_size=4), min_size=1, max_size=12)
+
+
+@given(IDS, st.integers(0, 12))
+def test_blocks_are_those_of_the_lists(lists: list[list[int] | None], cut: int) -> None:
+    """Also for a slice, whose buffers begin before it."""
+    kept = lists[cut:]
+    found = read_blocks(pa.array(lists, pa.list_(pa.int64()))[cut:])
+    assert len(found.start) == len(kept) + 1
+    assert [found.ids[a:b].tolist() for a, b in itertools.pairwise(found.start)] == [each or [] for each in kept]
+
+
+@given(IDS, st.sampled_from([None, -1, -(2**40), 2**31, 2**63 - 1]), st.data())
+def test_the_first_bad_id_is_found(lists: list[list[int] | None], bad: int | None, data: st.DataObject) -> None:
+    row = data.draw(st.integers(0, len(lists) - 1))
+    ids: list[int | None] = [*(lists[row] or [])]
+    ids.insert(data.draw(st.integers(0, len(ids))), bad)
+    broken: list[Any] = [*lists[:row], ids, *lists[row + 1 :]]
+    with pytest.raises(BadId) as caught:
+        read_blocks(pa.array(broken, pa.list_(pa.int64())))
+    assert (caught.value.row, caught.value.found) == (row, bad)
+
+
+@pytest.mark.parametrize(
+    ("stated", "tokens"),
+    [("16", 16), ("512", 512), ("", 0), ("0", 0), ("-64", 0), ("x", 0), ("²", 0), ("1.5", 0), ("9" * 5000, 0)],
+)
+def test_tokens_of_a_block_are_a_number_from_1(stated: str, tokens: int) -> None:
+    assert block_tokens(stated) == tokens
+
+
+def test_a_scan_checks_blocks_where_they_are_used(write_trace: WriteTrace) -> None:
+    path = write_trace(hash_ids=pa.array([[1], [2], None, [-1]], pa.list_(pa.int32())))
+    assert Trace(path).scan().rows == 4
+    assert Trace(write_trace(hash_ids=pa.array([[1], [], None, [2]]), name="good")).scan(prefix=True).with_blocks == 2
+    with pytest.raises(DataError, match=r"row 3 \(from 0\), column hash_ids: .* found -1"):
+        Trace(path).scan(prefix=True)
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
@@ -94,7 +170,42 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "negative block": (
         {"hash_ids": pa.array([[1], [-4]], pa.list_(pa.int32()))},
-        r"row 1 .*, column hash_ids: expected block ids of at least 0",
+        r"row 1 .*, column hash_ids: expected block ids from 0 to 2\^31-1, found -4; renumber them",
+    ),
+    "negative block later": (
+        {"hash_ids": pa.array([[1], None, [3, 2, -9]], pa.list_(pa.int32()))},
+        r"row 2 .*, column hash_ids: .* found -9; renumber",
+    ),
+    "64-bit hash": (
+        {"hash_ids": pa.array([[1], [5, 2**62]], pa.list_(pa.int64()))},
+        r"row 1 .*, column hash_ids: .* found 4611686018427387904; renumber",
+    ),
+    "unsigned hash": (
+        {"hash_ids": pa.array([[], [2**64 - 1]], pa.large_list(pa.uint64()))},
+        r"row 1 .*, column hash_ids: .* found 18446744073709551615; renumber",
+    ),
+    "one more than the last id": (
+        {"hash_ids": pa.array([[2**31 - 1, 2**31]], pa.list_(pa.int64()))},
+        r"row 0 .*, column hash_ids: .* found 2147483648; renumber",
+    ),
+    "no first block": (
+        {"hash_ids": pa.array([[1], [None, 2]], pa.list_(pa.int32()))},
+        r"row 1 .*, column hash_ids: .* found nothing; renumber",
+    ),
+    "a block missing": (
+        {"hash_ids": pa.array([None, [], [1, None]], pa.list_(pa.int32()))},
+        r"row 2 .*, column hash_ids: .* found nothing; renumber",
+    ),
+    "blocks of text": (
+        {"hash_ids": [["a"], ["b"]]},
+        r"column hash_ids: expected type list of int32 \(block ids\), found list<.*string>; convert",
+    ),
+    "fractional blocks": ({"hash_ids": [[1.0], [2.0]]}, r"column hash_ids: expected type .*, found list<.*double>"),
+    "no lists": ({"hash_ids": [1, 2]}, r"column hash_ids: expected type .*, found int64"),
+    "an instant of 19 digits": ({"arrival_s": [0, 2**63 - 1]}, r"row 1 .*, column arrival_s: .* found 9\.22\d+e\+18"),
+    "tokens beyond int64": (
+        {"prompt_tokens": pa.array([1, 2**64 - 1], pa.uint64())},
+        r"row 1 .*, column prompt_tokens: .* found 18446744073709551615",
     ),
     "no rows": (
         {

@@ -611,6 +611,26 @@ class TestInterrupts:
         assert run.plane.counts.decisions == 50
         assert replay([told.step for told in run.told], run.make_plane()).divergence is None
 
+    def test_a_second_one_inside_a_policy_is_raised_as_it_is(self) -> None:
+        """Nobody knows what was decided, so nothing is pretended to have ended in order."""
+        fifo = preset("fifo")
+
+        class Impatient:
+            live = True
+            load_weight = 0.0
+            asked = 0
+
+            def score(self, now: Nanos, tasks: Any, replicas: Any) -> Any:
+                self.asked += 1
+                if self.asked == 50:
+                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
+                return np.zeros((len(tasks), len(replicas)))
+
+        policies = {"impatient": lambda: Policy("impatient", None, fifo.order, Impatient(), fifo.limit, fifo.predict)}
+        with pytest.raises(KeyboardInterrupt):
+            Run(self.load(), policy="impatient", policies=policies).go()
+
     def test_a_run_outside_the_main_thread_leaves_signals_alone(self) -> None:
         runs: list[Run] = []
         thread = threading.Thread(target=lambda: runs.append(Run(self.load()).go()))

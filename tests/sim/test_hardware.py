@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sage_core.errors import ConfigError, DataError
-from sage_sim.hardware import device_facts, facts, power_w
+from sage_core.errors import DataError
+from sage_sim.hardware import device_facts, facts
 from sage_sim.profile import load_profile, profile_names
 
 ROOT = Path(__file__).parents[2]
@@ -56,34 +54,15 @@ def test_a_fact_has_its_source(device: str) -> None:
 
 def test_power_by_hand() -> None:
     # 400 W: 0.17 idle, 0.98 prefilling, 0.57 decoding.
-    assert power_w("a100_sxm", 0, 0) == pytest.approx(400 * 0.17)
-    assert power_w("a100_sxm", 1, 0) == pytest.approx(400 * 0.98)
-    assert power_w("a100_sxm", 0.25, 0.5) == pytest.approx(400 * (0.17 + 0.25 * 0.81 + 0.5 * 0.40))
     known = facts("a100_sxm")
     assert known is not None
     assert (known.idle_w, known.decode_w, known.prefill_w) == pytest.approx((68.0, 228.0, 392.0))
 
 
-@given(st.sampled_from(sorted(device_facts())), st.floats(0, 1), st.floats(0, 1))
-def test_power_lies_between_idle_and_tdp(device: str, prefill: float, rest: float) -> None:
-    watts, known = power_w(device, prefill, rest * (1 - prefill)), device_facts()[device]
-    if known.power is None:
-        assert watts is None
-    else:
-        assert watts is not None and known.idle_w is not None and known.tdp_w is not None
-        assert known.idle_w <= watts * (1 + 1e-9) and watts <= known.tdp_w * (1 + 1e-9)
-
-
 def test_what_is_not_known_is_none() -> None:
     assert facts("abacus") is None
-    assert power_w("abacus", 0, 0) is None
-    assert power_w("b200_sxm", 0.5, 0.5) is None  # the device is known, its power is not
-
-
-@pytest.mark.parametrize("shares", [(-0.1, 0.5), (0.6, 0.5), (float("nan"), 0.0)])
-def test_impossible_shares_are_refused(shares: tuple[float, float]) -> None:
-    with pytest.raises(ConfigError, match=r"power_w: expected shares from 0 with a sum of at most 1"):
-        power_w("a100_sxm", *shares)
+    known = facts("b200_sxm")
+    assert known is not None and known.idle_w is None  # the device is known, its power is not
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ struct TruthOf {
 // By live request. Only devices may ask: this is the oracle boundary.
 using Truth = IdMap<TruthOf>;
 
-// A simulated device: sage_sim.driver.Device.
+// A simulated device: sage_sim.device.Device.
 class LoopDevice {
  public:
   virtual ~LoopDevice() = default;
@@ -114,7 +114,8 @@ class Loop {
   const Digest& digest() const { return chain_.digest(); }
   const Truth& truth() const { return truth_; }
   bool idle() const { return truth_.empty() && !loading_ && expected_ == 0; }  // all requests ended, none to come
-  bool only_reports() const;                                                   // nothing but reports is on its way
+  bool deciding() const { return deciding_; }  // a step of the plane was left by an exception
+  bool only_reports() const;                   // nothing but reports is on its way
 
  private:
   enum class Kind : std::uint32_t { kArrival, kCommand, kTold, kReport, kDeviceWakeup, kPlaneWakeup };
@@ -191,7 +192,7 @@ class Loop {
   std::vector<Event> inbox_, stepping_, told_;
   std::vector<Command> commands_;
   std::string encoded_;
-  bool pump_due_ = false;
+  bool pump_due_ = false, deciding_ = false;
   std::int64_t plane_wakeup_ = kNever;
   std::int64_t reports_due_ = 0;
   std::int64_t held_ = 0;  // wakeups since anything but a report happened
