@@ -73,7 +73,7 @@ format: install  ## rewrite sources in the house style
 	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
 .PHONY: bench
-bench: install  ## decisions per CPU-second, simulated requests per CPU-second, peak memory -> results/bench/core.json
+bench: install  ## decisions per CPU-second, and one simulation -> results/bench/core.json
 	$(BIN)/python benchmarks/core.py
 
 .PHONY: bench-fidelity bench-sim

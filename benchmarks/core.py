@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -41,6 +39,7 @@ TENANTS = 8
 # Costs of an 8B model on an A100, roughly; they only have to be non-zero.
 COSTS = (1e6, 5.5e4, 1.16e7, 3.2e4)
 OUT = Path("results/bench/core.json")
+SIM = str(Path(__file__).parent / "sim.py")
 
 
 def main() -> None:
@@ -218,7 +217,7 @@ def simulation(figures: dict[str, float], console: Console, *, million: bool) ->
     for requests, name in ((100_000, "100k"), (1_000_000, "1m")):
         if name == "1m" and not million:
             continue
-        measured = child(simulate, requests)
+        measured = simulated(requests)
         figures[f"peak_mb_{name}"] = measured["peak_mb"]
         key = "sim_requests_per_cpu_s" if name == "100k" else "sim_requests_per_cpu_s_1m"
         figures[key] = requests / measured["cpu_s"]
@@ -226,24 +225,9 @@ def simulation(figures: dict[str, float], console: Console, *, million: bool) ->
     console.print(table)
 
 
-def simulate(requests: int) -> dict[str, float]:
-    """CPU seconds of the run (imports excluded) and peak resident memory (MB, imports included)."""
-    from sage_bench.config import composed
-    from sage_bench.run import run
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = composed(["experiment=standard", f"load.requests={requests}", f"results={folder}"])
-        started = time.process_time()
-        result = run(config)
-        cpu_s = time.process_time() - started
-    assert result.counts.responded == requests
-    return {"cpu_s": cpu_s, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-
-
-def child(measure: Callable[[int], dict[str, float]], argument: int) -> dict[str, float]:
-    code = (
-        f"import json, runpy; m = runpy.run_path({__file__!r}); print(json.dumps(m[{measure.__name__!r}]({argument})))"
-    )
+def simulated(requests: int) -> dict[str, float]:
+    """A run of ``benchmarks/sim.py`` in a child: CPU seconds without start-up, and peak resident memory (MB)."""
+    code = f"import json, runpy; print(json.dumps(runpy.run_path({SIM!r})['simulate']({requests}, 8)))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return measured

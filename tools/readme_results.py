@@ -1,6 +1,6 @@
-"""Fill the results section of README.md from what was run: ``make demo``, ``make bench``, then this.
+"""Fill the results section of README.md from what was run: ``make demo bench bench-sim bench-fidelity``, then this.
 
-No number in that section is typed: the table comes from ``results/demo``, the speed from ``results/bench/core.json``, and
+No number in that section is typed: the table comes from ``results/demo``, speed and fidelity from ``results/bench``, and
 the conditions under which they were taken from the manifest.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -26,9 +27,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args()
     try:
-        section = "\n".join([*demo(options.results / "demo"), "", *bench(options.results / "bench" / "core.json")])
+        of = {name: read(options.results / "bench" / f"{name}.json") for name in ("core", "sim", "fidelity")}
+        parts = [demo(options.results / "demo"), bench(of["core"]), simulation(of["sim"]), fidelity(of["fidelity"])]
+        section = "\n\n".join("\n".join(part) for part in parts)
     except (SageError, OSError) as error:
-        print(f"readme_results: {error}; run `make demo` and `make bench` first", file=sys.stderr)
+        print(f"readme_results: {error}; run `make demo bench bench-sim bench-fidelity` first", file=sys.stderr)
         sys.exit(1)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -73,17 +76,52 @@ def demo(folder: Path) -> list[str]:
     return lines
 
 
-def bench(path: Path) -> list[str]:
-    """The speed of the core."""
-    figures = json.loads(path.read_text(encoding="utf-8"))
+def read(path: Path) -> dict[str, Any]:
+    """The figures of a bench."""
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return figures
+
+
+def bench(of: dict[str, Any]) -> list[str]:
+    """The speed of deciding."""
     return [
-        f"Speed (`make bench`, load average {figures['load_average']:.1f} on two cores): "
-        f"{figures['decisions_per_cpu_s_q256_s1']:,.0f} scheduling decisions per CPU-second by the mechanism at a queue of "
-        f"256 with `hybrid`, one a step ({figures['plane_decisions_per_cpu_s_q256_s1']:,.0f} with the whole control plane "
-        f"around them); {figures['us_per_decision_1k_8_2']:.2f} us a decision over 1,000 queued on 8 + 2 replicas, "
-        f"{figures['us_per_decision_1k_256_64']:.2f} us on 256 + 64; {figures['sim_requests_per_cpu_s']:,.0f} simulated "
-        f"requests per CPU-second, results written; peak memory {figures['peak_mb_100k']:.0f} MB at 100,000 requests and "
-        f"{figures['peak_mb_1m']:.0f} MB at 1,000,000.",
+        f"Deciding (`make bench`, load average {of['load_average']:.1f} on two cores): "
+        f"{of['decisions_per_cpu_s_q256_s1']:,.0f} scheduling decisions per CPU-second by the mechanism at a queue of "
+        f"256 with `hybrid`, one a step ({of['plane_decisions_per_cpu_s_q256_s1']:,.0f} with the whole control plane "
+        f"around them, through Python); {of['us_per_decision_1k_8_2']:.2f} us a decision over 1,000 queued on 8 + 2 replicas, "
+        f"{of['us_per_decision_1k_256_64']:.2f} us on 256 + 64.",
+    ]
+
+
+def simulation(of: dict[str, Any]) -> list[str]:
+    """The speed of simulating."""
+    rate = {
+        size: of[f"sim_requests_per_cpu_s{size}"] for size in ("_10k", "", "_1m", "_10m", "_1_replica", "_256_replicas")
+    }
+    return [
+        f"Simulating (`make bench-sim`, load average {of['load_average']:.1f}; Poisson, 512 tokens in, 128 out, `hybrid`, "
+        f"iteration-level engines, all results written): {rate['']:,.0f} requests per CPU-second at 100,000 requests, "
+        f"{rate['_1m']:,.0f} at 1,000,000 and {rate['_10m']:,.0f} at 10,000,000 (peak memory {of['peak_mb_1m']:.0f} MB at "
+        f"1,000,000); {rate['_10k']:,.0f} at 10,000, where the fixed tenth of a second of a run counts; "
+        f"{rate['_1_replica']:,.0f} with one replica and {rate['_256_replicas']:,.0f} with 256.",
+    ]
+
+
+def fidelity(of: dict[str, Any]) -> list[str]:
+    """How far the simulated engine is from measurements."""
+    error = {
+        (name, each): of[f"rtx4090_{name}_{each}_err_pct"]
+        for name in ("ttft", "tpot", "e2e")
+        for each in ("mean", "p95")
+    }
+    return [
+        "Fidelity (`make bench-fidelity`): a measured vLLM 0.19 run (Llama-3.1-8B on an RTX 4090, 300 requests, limited by its "
+        f"KV cache), mean error of TTFT {error['ttft', 'mean']:+.2f} %, TPOT {error['tpot', 'mean']:+.2f} %, end to end "
+        f"{error['e2e', 'mean']:+.2f} %, p95 {error['ttft', 'p95']:+.2f}, {error['tpot', 'p95']:+.2f} and "
+        f"{error['e2e', 'p95']:+.2f} %, by a profile of kernel times that has not seen the run ([docs/validate.md](docs/validate.md) says "
+        f"how much of that is luck). Held out: decode {of['decode_heldout_mape_pct']:.1f} %, prefill "
+        f"{of['prefill_heldout_mape_pct']:.1f} % (A100, dense sweep); steady TPOT of engines in service "
+        f"{of['tpot_silicon_loo_pct']:.1f} %, leave-one-out.",
     ]
 
 
