@@ -40,7 +40,7 @@ def _row(profile: Profile) -> list[str]:
     phases: list[Phase] = ["decode", "prefill", "mixed"]
     return [
         f"`{profile.name}`",
-        f"{profile.engine.name} {profile.engine.version}",
+        "-" if profile.source.kind == "roofline" else f"{profile.engine.name} {profile.engine.version}",
         profile.source.kind,
         *(_error(profile, phase) for phase in phases),
         bound,
