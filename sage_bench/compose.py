@@ -299,7 +299,8 @@ def _check_memory(group: DeviceConfig, profiles: Mapping[str, Profile]) -> None:
                 weights=memory.weights_bytes,
                 kv_bytes_per_token=memory.kv_bytes_per_token,
                 kv_tokens=_kv_tokens(engine, profile) if isinstance(engine, LlmConfig) else 0,
-                reserve=memory.reserve_bytes,
+                # An estimate, which an engine that is alone may belie: a measured KV size is taken as it is.
+                reserve=memory.reserve_bytes if len(group.engines) > 1 else 0,
                 devices=profile.hardware.count * (engine.pipeline_parallel if isinstance(engine, LlmConfig) else 1),
             )
         )
