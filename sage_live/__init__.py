@@ -1,1 +1,1 @@
-"""The live half: asyncio driver, gateway and engine adapters. It is not built yet; see ARCHITECTURE.md."""
+"""The live half: the asyncio driver and emulated engines. Gateway and adapters for real engines are not built yet."""
