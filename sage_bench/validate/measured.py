@@ -236,7 +236,11 @@ class _File:
 
     def label(self, name: str) -> str | None:
         """The one value of a column of labels; None where the file does not say one."""
-        values = set(self._table[name].to_pylist()) - {None} if self.has(name) else set()
+        if not self.has(name):
+            return None
+        if pa.types.is_nested(kind := self._table[name].type):
+            raise DataError(f"{self._path}: column {name}: expected one label a row, found {kind}; convert the column")
+        values = set(self._table[name].to_pylist()) - {None}
         return str(values.pop()) if len(values) == 1 else None
 
     def require(self, fits: NDArray[np.bool_], name: str, values: Any, expected: str, do: str = "") -> None:

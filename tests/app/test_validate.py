@@ -435,6 +435,24 @@ def test_wrong_settings_name_the_option(
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "says"),
+    [
+        ("queued_s", None, "cannot be read as Parquet (Multiple matches for FieldRef.Name(queued_s)"),
+        ("gpu", [["a"]] * 40, "column gpu: expected one label a row, found list<"),
+    ],
+)
+def test_columns_that_no_row_can_answer_for(
+    sage: Sage, measured: Callable[..., Path], column: str, values: list[Any] | None, says: str
+) -> None:
+    path = measured()
+    table = pq.read_table(path)
+    pq.write_table(table.append_column(column, table[column] if values is None else pa.array(values)), path)
+    done = sage("validate", "--measured", path, "--profile", "llama-3.1-8b-rtx4090-tp1", "--no-figures")
+    assert done.code == 3
+    assert says in done.err
+
+
 # --- the measured run of the shared data ------------------------------------------------------------------------------
 
 
