@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 
-from sage_bench.config import NAME, DeviceConfig, EmbedConfig, LlmConfig, RunConfig
+from sage_bench.config import NAME, DeviceConfig, EmbedConfig, LlmConfig, RunConfig, SimDriverConfig
 from sage_bench.results.devices import devices_of, listed_price, price_of
 from sage_core import native_plane as planes
 from sage_core.backend import ContentsOf
@@ -24,9 +24,10 @@ from sage_core.pipeline import Pipeline, single_request_pipelines
 from sage_core.policy import Policy
 from sage_core.rng import Streams
 from sage_core.slo import SloTable
+from sage_core.stepper import ColumnRecorder, Recorder
 from sage_policies.predict import Oracle
 from sage_policies.presets import PRESETS, preset
-from sage_sim.device import ColumnRecorder, Device, MakeDevice, Recorder
+from sage_sim.device import Device, MakeDevice
 from sage_sim.disaggregated import DisaggregatedDevice, KvLink
 from sage_sim.driver import SimDriver
 from sage_sim.engine import EmbedReplica, LlmReplica, SimulatedDevice
@@ -136,11 +137,17 @@ def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -
         network=config.cluster.network,
         report_interval_s=config.cluster.report_interval_s,
         faults=config.cluster.faults,
-        until_s=config.driver.until_s,
+        until_s=_simulated(config).until_s,
         record=record,
     )
     made.append(weakref.ref(driver))
     return driver
+
+
+def _simulated(config: RunConfig) -> SimDriverConfig:
+    if not isinstance(config.driver, SimDriverConfig):
+        raise ConfigError("driver: expected sim here; a live run goes through sage_bench.live")
+    return config.driver
 
 
 def make_policy(config: RunConfig) -> Policy:

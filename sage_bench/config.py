@@ -178,11 +178,31 @@ class ClusterConfig(_Strict, frozen=True):
     faults: list[Fault] = []
 
 
-class DriverConfig(_Strict, frozen=True):
-    """What pumps the plane."""
+class SimDriverConfig(_Strict, frozen=True, tag_field="kind", tag="sim"):
+    """Virtual time. ``until_s``: stop the clock there and fail what is left."""
 
-    kind: Literal["sim"] = "sim"
     until_s: Annotated[float, msgspec.Meta(gt=0, le=SECONDS_MAX)] | None = None
+
+
+class LiveDriverConfig(_Strict, frozen=True, tag_field="kind", tag="live"):
+    """Real time: a gateway in front of real or emulated engines, and a load generator.
+
+    engines: URLs, one for each engine of ``cluster.devices`` in order (a device's LLM engine before its embedding
+    engine); empty: emulated engines are started, as the devices say. adapters: of each pool; others are ``vllm``.
+    models: what the engines of a pool call their model, where that is not the pool's name. tokenizer: a tokenizer.json,
+    by which prompts have exact lengths; null: about as long. exact_output: engines are told to generate as many tokens
+    as the load says (``ignore_eos``); else they stop by themselves. stream: LLM answers are streamed. processes: of the
+    load generator. drain_s: what the last requests may take after the load's end.
+    """
+
+    engines: list[str] = []
+    adapters: dict[str, str] = {}
+    models: dict[str, str] = {}
+    tokenizer: str | None = None
+    exact_output: bool = True
+    stream: bool = True
+    processes: Positive = 1
+    drain_s: Seconds = 120.0
 
 
 class PipelineConfig(_Strict, frozen=True):
@@ -209,7 +229,7 @@ class RunConfig(_Strict, frozen=True):
     attempts_max: Positive
     results: Annotated[str, msgspec.Meta(min_length=1)]
     record: RecordConfig
-    driver: DriverConfig
+    driver: SimDriverConfig | LiveDriverConfig
     cluster: ClusterConfig
     pipeline: PipelineConfig
     policy: dict[str, Any]
@@ -272,7 +292,8 @@ def _explain(message: str, plain: dict[str, Any]) -> str:
 _STRUCTS: Final[dict[str, type]] = {
     TOP: RunConfig,
     "record": RecordConfig,
-    "driver": DriverConfig,
+    "driver": SimDriverConfig,
+    "driver(live)": LiveDriverConfig,
     "cluster": ClusterConfig,
     "pipeline": PipelineConfig,
     "cluster.devices[...]": DeviceConfig,

@@ -32,8 +32,8 @@ from sage_core.events import AnyEvent
 from sage_core.native_plane import Plane
 from sage_core.ops import native_build
 from sage_core.plane import Counts
+from sage_core.stepper import ColumnRecorder, Recorder
 from sage_core.units import NEVER, PoolKind, seconds
-from sage_sim.device import ColumnRecorder, Recorder
 from sage_sim.driver import Finish, SimDriver
 from sage_sim.engine import ReplicaUsage
 from sage_sim.engine_reference import Seen
@@ -69,7 +69,7 @@ def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), ti
     started_at = datetime.now(UTC)
     wall = time.perf_counter()
     load_average = os.getloadavg()
-    _prepare(folder, plain)
+    prepare(folder, plain)
     cooldown_at = _cooldown_at(parts)
     driver: SimDriver | None = None
     status: Status = "failed"
@@ -181,7 +181,7 @@ def run_id(parts: Parts, plain: dict[str, Any]) -> str:
     return f"{parts.policy.name}-s{parts.config.seed}-{digest[:8]}"
 
 
-def _prepare(folder: Path, plain: dict[str, Any]) -> None:
+def prepare(folder: Path, plain: dict[str, Any]) -> None:
     """Make the folder and drop what an earlier run of the same configuration left in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,12 @@ class IllegalEvent(SageError, RuntimeError):
     exit_code = 5
 
 
+class EngineError(SageError, ConnectionError):
+    """A real engine cannot be started or reached, or does not answer as it should."""
+
+    exit_code = 5
+
+
 class InvariantViolation(SageError, AssertionError):
     """The core broke one of its numbered invariants (INVARIANTS.md): a defect of ours."""
 

@@ -12,7 +12,7 @@ time names the pool that does it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
@@ -127,7 +127,12 @@ class Pipeline:
     def single(self) -> bool | None:
         """Whether the pipeline is one of the single requests below, which take their input as it is: True if it
         generates up to the client's cap, False if it generates nothing, None for any other pipeline."""
-        return _SINGLE.get(id(self.stages[0].op)) if len(self.stages) == 1 else None
+        return _SINGLE.get(id(self.stages[0].op.body)) if len(self.stages) == 1 else None
+
+    def on(self, pool: str) -> Pipeline:
+        """The same single stage, done by ``pool``."""
+        stage = self.stages[0]
+        return Pipeline(f"{self.name}@{pool}", (replace(stage, op=replace(stage.op, pool=pool)),), self.output)
 
     def plan(self) -> str:
         """The execution plan as text: one line a stage, deterministic."""
@@ -215,7 +220,7 @@ def embed(text: Value[Text]) -> Work[Vector]:
     return Work(text.tokens)
 
 
-_SINGLE = {id(chat): True, id(generate): True, id(embed): False}
+_SINGLE = {id(chat.body): True, id(generate.body): True, id(embed.body): False}
 
 
 def single_request_pipelines() -> dict[str, Pipeline]:
@@ -225,3 +230,16 @@ def single_request_pipelines() -> dict[str, Pipeline]:
         "generate": trace("generate", lambda text: generate(text)),
         "embed": trace("embed", lambda text: embed(text)),
     }
+
+
+def pipeline_of(pipelines: dict[str, Pipeline], name: str) -> Pipeline | None:
+    """The pipeline called ``name``; None where it is unknown.
+
+    ``chat@MODEL`` is the single-request pipeline ``chat`` on the pool MODEL, made when first asked for: a live system
+    learns which models there are while it runs.
+    """
+    found = pipelines.get(name)
+    base, _, pool = name.partition("@")
+    if found is None and pool and base in pipelines and pipelines[base].single is not None:
+        found = pipelines[name] = pipelines[base].on(pool)
+    return found

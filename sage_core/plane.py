@@ -21,7 +21,7 @@ from sage_core.commands import AnyCommand, Cancel, Dispatch, Fail, Reject, Respo
 from sage_core.errors import ConfigError, IllegalEvent, InvariantViolation, PolicyError, SageError
 from sage_core.executor import Run
 from sage_core.lifecycle import REPLICA, REQUEST, TASK, ReplicaState, RequestState, TaskState, advance
-from sage_core.pipeline import Pipeline, Stage
+from sage_core.pipeline import Pipeline, Stage, pipeline_of
 from sage_core.policy import Policy, Predict, raised
 from sage_core.reference import Mechanism, checked, part_name
 from sage_core.units import TASK_BITS, Nanos, PoolKind, RequestKind, request_of, task_id
@@ -85,7 +85,7 @@ def checked_prediction(predict: Predict, predicted: object) -> int:
 class ControlPlane:
     """Schedules every request kind over every replica.
 
-    pipelines: by name; a request names the one it wants.
+    pipelines: by name; a request names the one it wants (see :func:`sage_core.pipeline.pipeline_of`).
     policies: factories by name; ``policy`` is the one to start with, ``PolicyChanged`` switches.
     attempts_max: how often a task may be tried; one that has streamed is never tried again.
     """
@@ -227,7 +227,7 @@ class ControlPlane:
         else:
             self._requests_awaited.discard(event.request)
         self.counts.arrived += 1
-        pipeline = self._pipelines.get(event.pipeline)
+        pipeline = pipeline_of(self._pipelines, event.pipeline)
         if pipeline is None:
             self.counts.rejected += 1
             commands.append(Reject(event.request, f"unknown pipeline {event.pipeline}", 0))

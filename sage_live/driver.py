@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from sage_core import events as e
-from sage_core.commands import AnyCommand, Cancel, Dispatch, Fail, Reject, Respond
+from sage_core.commands import Cancel, Dispatch, Fail, Reject, Respond
 from sage_core.errors import IllegalEvent
-from sage_core.log import Chain
 from sage_core.native_plane import Plane
+from sage_core.stepper import ColumnRecorder, Recorder, Stepper
 from sage_core.units import NEVER, Nanos
 
 Post: TypeAlias = Callable[[e.AnyEvent], None]
@@ -25,78 +25,109 @@ Post: TypeAlias = Callable[[e.AnyEvent], None]
 Outcome: TypeAlias = Respond | Reject | Fail | e.RequestCancelled
 """How a request ended."""
 
+Ended: TypeAlias = Callable[[Outcome], None]
+"""Told once how a request ended."""
+
 
 class Backend(Protocol):
     """One device with one or more replicas on it. Everything is called in the event loop's thread; nothing may block."""
 
-    def joined(self) -> list[e.ReplicaJoined]: ...
+    def joined(self) -> Sequence[e.ReplicaJoined]:
+        """What each replica says when it becomes healthy; none yet is fine, it may be posted later."""
 
     def start(self, post: Post, now: Callable[[], Nanos]) -> None:
         """From now on commands come, and events go to ``post``."""
 
-    def carry_out(self, command: Dispatch | Cancel) -> None: ...
+    def carry_out(self, command: Dispatch | Cancel) -> None:
+        """Do it, now."""
 
-    async def close(self) -> None: ...
-
-
-class Recorder(Protocol):
-    """Told of every step: what happened, what was decided, and the log entry."""
-
-    def __call__(
-        self, now: int, events: Sequence[e.AnyEvent], commands: Sequence[AnyCommand], encoded: bytes, digest: bytes
-    ) -> None: ...
+    async def close(self) -> None:
+        """Stop; nothing more is posted."""
 
 
 class LiveDriver:
     """Build inside a running event loop; ``now`` counts nanoseconds from then on.
 
-    A policy or a backend that breaks its contract ends everything: every live request's future raises its error, and so
-    does every later call.
+    A policy or a backend that breaks its contract ends everything: every live request is failed by :attr:`broken`, and
+    every later call raises it.
     """
 
-    def __init__(self, plane: Plane, record: Recorder | None = None) -> None:
+    def __init__(self, plane: Plane, record: Recorder | ColumnRecorder | None = None) -> None:
+        self._stepper = Stepper(plane, record)
         self._plane = plane
-        self._record = record
         self._loop = asyncio.get_running_loop()
-        self._origin = time.monotonic_ns()
-        self._chain = Chain()
+        self.origin_ns = time.monotonic_ns()
         self._inbox: list[e.AnyEvent] = []
         self._turn: asyncio.Handle | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = NEVER
-        self._backends: list[Backend] = []
+        self._backends: dict[Backend, None] = {}
         self._backend_of: dict[int, Backend] = {}
-        self._ends: dict[int, asyncio.Future[Outcome]] = {}
-        self._broken: BaseException | None = None
+        self._ends: dict[int, Ended] = {}
+        self._replica_next = 0
+        self.broken: Exception | None = None
         self.steps = 0
+        self.control_ns = 0
+        """CPU spent deciding: from the events of a turn to the commands, the log and the rows."""
 
     @property
     def now(self) -> Nanos:
         """Nanoseconds since the start."""
-        return Nanos(time.monotonic_ns() - self._origin)
+        return Nanos(time.monotonic_ns() - self.origin_ns)
+
+    @property
+    def plane(self) -> Plane:
+        """The plane that is pumped: to look at, not to step."""
+        return self._plane
 
     @property
     def digest(self) -> bytes:
         """Of the last step."""
-        return self._chain.digest
+        return self._stepper.digest
+
+    @property
+    def live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._ends)
+
+    def replica_number(self) -> int:
+        """An id for a replica that is going to join; each is given out once."""
+        self._replica_next += 1
+        return self._replica_next - 1
 
     def add(self, backend: Backend) -> None:
-        """A backend joins with all its replicas."""
+        """A backend joins with the replicas that it has by now."""
         self._check()
-        self._backends.append(backend)
+        self._backends[backend] = None
         backend.start(self.post, lambda: self.now)
         for joined in backend.joined():
-            self._backend_of[joined.replica] = backend
-            self.post(joined)
+            self.join(backend, joined)
 
-    def submit(self, request: e.RequestArrived) -> asyncio.Future[Outcome]:
-        """A client asks; the future tells how it ended."""
+    def join(self, backend: Backend, joined: e.ReplicaJoined) -> None:
+        """A replica of a backend that was added is healthy."""
+        self._backend_of[joined.replica] = backend
+        self._replica_next = max(self._replica_next, joined.replica + 1)
+        self.post(joined)
+
+    def leave(self, replica: int) -> None:
+        """A replica is gone with whatever it held; its backend gets no more commands for it."""
+        if self._backend_of.pop(replica, None) is not None:
+            self.post(e.ReplicaLeft(replica))
+
+    async def remove(self, backend: Backend) -> None:
+        """A backend goes, with the replicas that it still has."""
+        for replica in [replica for replica, owner in self._backend_of.items() if owner is backend]:
+            self.leave(replica)
+        if self._backends.pop(backend, self) is None:
+            await backend.close()
+
+    def submit(self, request: e.RequestArrived, ended: Ended) -> None:
+        """A client asks; ``ended`` is told how it ended, in the loop's thread."""
         self._check()
         if request.request in self._ends:
             raise IllegalEvent(f"request {request.request} was submitted twice")
-        end = self._ends[request.request] = self._loop.create_future()
+        self._ends[request.request] = ended
         self.post(request)
-        return end
 
     def cancel(self, request: int) -> None:
         """The client went away. Nothing happens if the request has ended."""
@@ -114,13 +145,15 @@ class LiveDriver:
         if self._turn is not None:
             self._turn.cancel()
             self._pump()
-        if self._broken is None:
+        if self.broken is None:
             self._step((e.RunEnded(reason),))
         if self._alarm is not None:
             self._alarm.cancel()
         for backend in self._backends:
             await backend.close()
-        if self._broken is None:
+        if self._turn is not None:  # what the backends said last: nobody is there to hear it
+            self._turn.cancel()
+        if self.broken is None:
             self._plane.check()
 
     # --- a step ---------------------------------------------------------------------------------------------------
@@ -136,50 +169,49 @@ class LiveDriver:
             self._turn = self._loop.call_soon(self._pump)
 
     def _step(self, events: Sequence[e.AnyEvent]) -> None:
-        if self._broken is not None:
+        if self.broken is not None:
             return
-        now = self.now
         try:
-            commands = self._plane.step(now, events)
-            step = self._chain.step(now, events, commands)
+            started = time.monotonic_ns()
+            commands = self._stepper.step(Nanos(started - self.origin_ns), events)
+            self.control_ns += time.monotonic_ns() - started
             self.steps += 1
-            if self._record is not None:
-                self._record(now, events, commands, step.events, step.digest)
             for command in commands:
                 if isinstance(command, Dispatch | Cancel):
-                    self._backend_of[command.replica].carry_out(command)
+                    backend = self._backend_of.get(command.replica)
+                    if backend is not None:  # else it left in this turn, and the plane hears of it in the next
+                        backend.carry_out(command)
                 else:
                     self._ended(command.request, command)
             for event in events:
-                if isinstance(event, e.RequestCancelled):
+                if type(event) is e.RequestCancelled:
                     self._ended(event.request, event)
         except Exception as error:
             self._break(error)
             return
-        self._arm(self._plane.wakeup_at)
+        wakeup = self._plane.wakeup_at
+        if wakeup != self._alarm_at:
+            self._arm(wakeup)
 
     def _ended(self, request: int, outcome: Outcome) -> None:
-        end = self._ends.pop(request, None)
-        if end is not None and not end.done():  # done: its waiter was cancelled
-            end.set_result(outcome)
+        ended = self._ends.pop(request, None)
+        if ended is not None:
+            ended(outcome)
 
-    def _arm(self, wakeup: int) -> None:
-        if wakeup == self._alarm_at:
-            return
+    def _arm(self, wakeup: Nanos) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
-        self._alarm_at = Nanos(wakeup)
+        self._alarm_at = wakeup
         if wakeup < NEVER:
             self._alarm = self._loop.call_later(max(0, wakeup - self.now) / 1e9, self._on_alarm)
 
     def _break(self, error: Exception) -> None:
-        self._broken = error
+        self.broken = error
         ends, self._ends = self._ends, {}
-        for end in ends.values():
-            if not end.done():
-                end.set_exception(error)
+        for request, ended in ends.items():
+            ended(Fail(request, f"the control plane broke: {error}"))
 
     def _check(self) -> None:
-        if self._broken is not None:
-            raise self._broken
+        if self.broken is not None:
+            raise self.broken

@@ -1,4 +1,4 @@
-"""What the event loop of a simulated run needs of a device and of whoever records the run."""
+"""What the event loop of a simulated run needs of a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from sage_core.events import AnyEvent, ReplicaJoined, ReplicaReported
 from sage_core.units import Nanos
 
 if TYPE_CHECKING:
-    from sage_core import _native
     from sage_sim.engine import ReplicaUsage
 
 
@@ -23,15 +22,6 @@ class Device(Protocol):
     @property
     def wakeup_at(self) -> Nanos: ...
     def report(self, now: Nanos) -> list[ReplicaReported]: ...
-
-
-@runtime_checkable
-class ColumnRecorder(Protocol):
-    """A recorder whose native half is told of the steps; the driver empties it when the loop says that it is full."""
-
-    native: _native.Recorder
-
-    def flush(self) -> None: ...
 
 
 @runtime_checkable
@@ -50,14 +40,6 @@ class Starting(Protocol):
 
 MakeDevice: TypeAlias = Callable[[int], Device]
 """A device whose first replica has the given id, the others the ids after it."""
-
-
-class Recorder(Protocol):
-    """Told of every step: what happened, what was decided, and the log entry."""
-
-    def __call__(
-        self, now: int, events: Sequence[AnyEvent], commands: Sequence[AnyCommand], encoded: bytes, digest: bytes
-    ) -> None: ...
 
 
 class Why(IntEnum):

@@ -26,8 +26,9 @@ from sage_core.load import Arrival, Arrivals, ColumnLoad, Contents, Load
 from sage_core.native_plane import NativePlane, Plane
 from sage_core.plane import Counts
 from sage_core.rng import Streams
+from sage_core.stepper import ColumnRecorder, Recorder
 from sage_core.units import NEVER, Nanos, seconds
-from sage_sim.device import ColumnRecorder, Device, MakeDevice, Metered, Recorder, Starting, Why
+from sage_sim.device import Device, MakeDevice, Metered, Starting, Why
 from sage_sim.engine import ReplicaUsage
 from sage_sim.faults import Fault
 from sage_sim.loop import NativeLoop

@@ -13,8 +13,9 @@ from sage_core.load import Arrival, Arrivals, Contents
 from sage_core.log import decode_events
 from sage_core.native_plane import NativePlane
 from sage_core.ops import extension
+from sage_core.stepper import ColumnRecorder, Recorder
 from sage_core.units import Nanos
-from sage_sim.device import ColumnRecorder, Device, Recorder, Why
+from sage_sim.device import Device, Why
 from sage_sim.engine import SimulatedDevice
 from sage_sim.network import Way
 

@@ -21,8 +21,9 @@ from sage_core.errors import IllegalEvent, PolicyError
 from sage_core.load import Arrival, Contents
 from sage_core.log import Chain
 from sage_core.plane import ControlPlane
+from sage_core.stepper import Recorder
 from sage_core.units import NEVER, Nanos, request_of
-from sage_sim.device import Device, Recorder, Why
+from sage_sim.device import Device, Why
 from sage_sim.network import Way
 
 HELD_MAX = 10_000

@@ -1005,6 +1005,36 @@ std::int64_t Engine::kv_blocks_free() {
   return device_.m.blocks_free;
 }
 
+std::vector<std::int64_t> Engine::generated(const std::vector<std::int64_t>& tasks) {
+  device_.settle(to_ps(now_));
+  const Moment& m = device_.m;
+  IdMap<std::int64_t> generated;
+  const auto tokens = [&m](const Sequence& seq) { return seq.generated + (seq.counted ? m.decoded : 0); };
+  for (const Sequence& seq : m.slots)
+    if (seq.task >= 0) generated[seq.task] = tokens(seq);
+  for (const Sequence& orphan : m.orphans) generated[orphan.task] = tokens(orphan);
+  for (const Sequence& preempted : device_.llm_waiting.own())
+    if (preempted.generated > 0) generated[preempted.task] = preempted.generated;
+  for (const Told& t : m.outbox)
+    if (t.code == Code::kFinished) generated[t.task] = t.value;
+  std::vector<std::int64_t> counts;
+  counts.reserve(tasks.size());
+  for (const std::int64_t task : tasks) {
+    const std::int64_t* count = generated.find(task);
+    counts.push_back(count ? *count : 0);
+  }
+  return counts;
+}
+
+Ns Engine::boundary_at() {
+  device_.settle(to_ps(now_));
+  const Work& work = device_.m.work;
+  Ps at = work.end;
+  if (work.kind == Kind::kIterations) at = work.start + work.span(1);
+  if (work.kind == Kind::kNothing) at = device_.next_start();
+  return at == kNone ? kNone : std::max(now_ + 1, ceil_div(at, 1000));
+}
+
 const Stats& Engine::stats() {
   device_.settle(to_ps(now_));
   return *stats_;
@@ -1105,6 +1135,8 @@ void register_engine(py::module_& module) {
           py::arg("now"))
       .def("run", &Engine::run, py::arg("now"))
       .def_property_readonly("wakeup_at", &Engine::wakeup_at)
+      .def("generated", &Engine::generated, py::arg("tasks"))
+      .def_property_readonly("boundary_at", &Engine::boundary_at)
       .def_property_readonly("running", &Engine::running)
       .def_property_readonly("waiting", &Engine::waiting)
       .def_property_readonly("kv_blocks_free", &Engine::kv_blocks_free)

@@ -12,6 +12,7 @@ void register_predict(py::module_& m);
 void register_plane(py::module_& m);
 void register_loop(py::module_& m);
 void register_recorder(py::module_& m);
+void register_stepper(py::module_& m);
 }  // namespace sage
 
 PYBIND11_MODULE(_native, m) {
@@ -27,4 +28,5 @@ PYBIND11_MODULE(_native, m) {
   sage::register_plane(m);
   sage::register_loop(m);
   sage::register_recorder(m);
+  sage::register_stepper(m);
 }

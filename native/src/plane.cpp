@@ -104,18 +104,30 @@ void Plane::arrived(const RequestArrived& event, std::vector<Command>& commands)
     requests_awaited_.erase(event.request);
   }
   ++counts_.arrived;
-  const auto found = pipelines_.find(event.pipeline);
-  if (found == pipelines_.end()) {
+  const Pipeline* found = pipeline_of(event.pipeline);
+  if (!found) {
     ++counts_.rejected;
     commands.push_back(Reject{event.request, "unknown pipeline " + *event.pipeline, 0});
     return;
   }
-  const Pipeline& pipeline = found->second;
+  const Pipeline& pipeline = *found;
   const std::int64_t tenant = tenants_.emplace(event.tenant, static_cast<std::int64_t>(tenants_.size())).first->second;
   Request& request = *requests_.emplace(event.request, {}).first;
   request.arrived = event, request.tenant = tenant, request.pipeline = &pipeline;
   if (!pipeline.single) request.run = pipeline.run(event.input_tokens);
   for (const std::int64_t stage : pipeline.first) arrivals_.push_back(queue(request, stage, 0));
+}
+
+const Pipeline* Plane::pipeline_of(Label name) {
+  if (const auto found = pipelines_.find(name); found != pipelines_.end()) return &found->second;
+  const std::size_t at = name->find('@');
+  if (at == std::string::npos || at + 1 == name->size()) return nullptr;
+  const auto base = pipelines_.find(label(std::string_view(*name).substr(0, at)));
+  if (base == pipelines_.end() || !base->second.single) return nullptr;
+  Pipeline served = base->second;
+  served.name = name;
+  served.pools = {name->substr(at + 1)};
+  return &pipelines_.emplace(name, std::move(served)).first->second;
 }
 
 bool Plane::has_arrived(std::int64_t request) const {

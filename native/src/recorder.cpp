@@ -186,11 +186,23 @@ struct Recorder::State {
     if (config.steps) tables.emplace_back("steps", &steps);
   }
 
+  // As Plane::pipeline_of: "chat@MODEL" is "chat" on the pool MODEL.
+  const Plan* plan_of(Label name) {
+    if (const auto found = plans.find(name); found != plans.end()) return &found->second;
+    const std::size_t at = name->find('@');
+    if (at == std::string::npos || at + 1 == name->size()) return nullptr;
+    const auto base = plans.find(label(std::string_view(*name).substr(0, at)));
+    if (base == plans.end() || base->second.stages.size() != 1) return nullptr;
+    Plan served{words.of(*name), base->second.stages};
+    served.stages[0].pool = words.of(name->substr(at + 1));
+    return &plans.emplace(name, std::move(served)).first->second;
+  }
+
   // --- events ---
 
   void on(std::int64_t now, const RequestArrived& event) {
-    const auto plan = plans.find(event.pipeline);
-    if (plan == plans.end()) {
+    const Plan* plan = plan_of(event.pipeline);
+    if (!plan) {
       std::string known;
       for (const auto& each : config.pipelines) known += (known.empty() ? "" : ", ") + each.first;
       throw Unrecordable("pipeline '" + *event.pipeline + "' (request " + std::to_string(event.request) +
@@ -200,7 +212,7 @@ struct Recorder::State {
     if (event.priority < Limits::min() || event.priority > Limits::max())
       throw Unrecordable("request " + std::to_string(event.request) + ": priority " + std::to_string(event.priority) +
                          " is out of range; expected a whole number of 32 bits");
-    if (!live.emplace(event.request, {arrived, event, &plan->second, now}).second)
+    if (!live.emplace(event.request, {arrived, event, plan, now}).second)
       throw InvariantViolation("invariant 1: request " + std::to_string(event.request) + " arrived twice");
     ++arrived;
   }
@@ -362,7 +374,7 @@ struct Recorder::State {
     bool good = false;
     if (outcome == kResponded) {
       e2e_ns = *now - event.scheduled_at;
-      if (ttft_ns && request.stage_tokens > 1)
+      if (ttft_ns && request.stage_tokens > 1 && *e2e_ns > *ttft_ns)
         tpot_ns = static_cast<double>(*e2e_ns - *ttft_ns) / static_cast<double>(request.stage_tokens - 1);
       // Where nothing is generated the response itself is the first output.
       if (has_ttft) ttft_ok = request.first_token_ns.value_or(*now) <= event.ttft_due_at;

@@ -95,6 +95,16 @@ class ReplicaFact(msgspec.Struct, frozen=True):
     usage: UsageFact | None = None
 
 
+class EngineFact(msgspec.Struct, frozen=True):
+    """A real or emulated engine of a live run. version: as its server says."""
+
+    name: str
+    url: str
+    model: str
+    adapter: str
+    version: str = UNKNOWN
+
+
 class PowerFact(msgspec.Struct, frozen=True):
     """Watts of one whole device: with a model loaded and nothing to do, while prefilling, while decoding. measured: the
     busy ones were measured on this hardware, not taken over from another; ``source`` says from which."""
@@ -160,7 +170,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """See the module. ``config_hash`` covers the configuration without seed, policy and output folder: runs that share it are arms of
     one comparison. ``warmup_ns`` to ``cooldown_at_ns`` is the window that counts; ``duration_ns`` is the last instant of
     the run. ``digest`` is that of the last of ``steps`` (hex, see ``sage_core.log``); ``control_s`` is time spent inside
-    the plane. ``price_per_h`` is that of the whole cluster (USD/h), null if unpriced."""
+    the plane. ``price_per_h`` is that of the whole cluster (USD/h), null if unpriced. Of a live run: its ``engines``; what the load
+    ``generator`` measured of itself; and why the run is ``invalid``, where it is."""
 
     format: int = FORMAT
     experiment: str
@@ -189,6 +200,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     hardware: Hardware
     software: Software
     outputs: dict[str, FileFact] = {}
+    engines: tuple[EngineFact, ...] = ()
+    generator: dict[str, Any] | None = None
+    invalid: tuple[str, ...] = ()
 
 
 def write_manifest(
@@ -217,6 +231,9 @@ def write_manifest(
     devices: tuple[DeviceFact, ...] = (),
     price_per_h: float | None = None,
     counts: Mapping[str, int] | None = None,
+    engines: tuple[EngineFact, ...] = (),
+    generator: Mapping[str, Any] | None = None,
+    invalid: tuple[str, ...] = (),
     network: str | None = None,
     checkout: Path | None = None,
 ) -> Manifest:
@@ -257,6 +274,9 @@ def write_manifest(
             for path in sorted(folder.glob("*"))
             if path.is_file() and path.name != NAME
         },
+        engines=engines,
+        generator=None if generator is None else dict(generator),
+        invalid=invalid,
     )
     path = folder / NAME
     partial = path.with_suffix(".json.partial")

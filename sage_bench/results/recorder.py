@@ -190,8 +190,16 @@ class RunRecorder(Recorder):
 
     # --- events ---------------------------------------------------------------------------------------------------
 
+    def _stages(self, pipeline: str) -> Stages | None:
+        """As :func:`sage_core.pipeline.pipeline_of`: ``chat@MODEL`` is ``chat`` on the pool MODEL."""
+        found = self._pipelines.get(pipeline)
+        base, _, pool = pipeline.partition("@")
+        if found is None and pool and len(self._pipelines.get(base, ())) == 1:
+            found = self._pipelines[pipeline] = [(self._pipelines[base][0][0], pool)]
+        return found
+
     def _request_arrived(self, now: int, event: did.RequestArrived) -> None:
-        stages = self._pipelines.get(event.pipeline)
+        stages = self._stages(event.pipeline)
         if stages is None:
             raise ConfigError(
                 f"pipeline {event.pipeline!r} (request {event.request}): not among the run's pipelines "
@@ -366,7 +374,7 @@ class RunRecorder(Recorder):
         if outcome == "responded":
             assert now is not None
             e2e_ns = now - scheduled_ns
-            if ttft_ns is not None and request.stage_tokens > 1:
+            if ttft_ns is not None and request.stage_tokens > 1 and e2e_ns > ttft_ns:
                 tpot_ns = (e2e_ns - ttft_ns) / (request.stage_tokens - 1)
             # Where nothing is generated the response itself is the first output.
             first_ns = now if first_token_ns is None else first_token_ns

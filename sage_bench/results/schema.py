@@ -48,7 +48,7 @@ REQUESTS = pa.schema(
         ("node", _LABEL),
         ("queue_ns", pa.int64()),  # time its tasks spent queued in the plane, summed
         ("ttft_ns", pa.int64()),
-        ("tpot_ns", pa.float64()),  # (e2e - ttft) / (tokens of that stage - 1); null below 2 tokens
+        ("tpot_ns", pa.float64()),  # (e2e - ttft) / (tokens of that stage - 1); null below 2 tokens, or where all came at once (not streamed)
         ("e2e_ns", pa.int64()),  # null unless responded
         ("ttft_ok", pa.bool_()),  # null: no such objective. Requests that did not respond are false, never null.
         ("tpot_ok", pa.bool_()),

@@ -26,6 +26,7 @@ from sage_core.pipeline import (
     Vector,
     Work,
     op,
+    pipeline_of,
     single_request_pipelines,
     trace,
 )
@@ -74,6 +75,13 @@ def _pipelines() -> dict[str, Pipeline]:
 
 
 PIPELINES: Final = _pipelines()
+
+
+def _pipeline(name: str) -> Pipeline:
+    found = pipeline_of(PIPELINES, name)
+    assert found is not None, "a request is live whose pipeline nobody knows"
+    return found
+
 
 
 def _ask(request: int, pipeline: str = "chat", **changes: Any) -> e.RequestArrived:
@@ -268,7 +276,7 @@ class World:
                         task = self._off(event.task)
                         request = request_of(event.task)
                         self.done[request].add(task.stage)
-                        if task.stage == PIPELINES[self.live[request].pipeline].output:
+                        if task.stage == _pipeline(self.live[request].pipeline).output:
                             must_respond.add(request)
                 case e.TaskFailed():
                     if event.task in self.where and not ended(event.task):
@@ -307,7 +315,7 @@ class World:
         return sum(
             stage.index not in done and all(i in done or i == REQUEST_INPUT for i in stage.inputs)
             for request, done in self.done.items()
-            for stage in PIPELINES[self.live[request].pipeline].stages
+            for stage in _pipeline(self.live[request].pipeline).stages
         )
 
     def _off(self, task: int) -> Task:
@@ -355,7 +363,7 @@ class World:
             assert task.task not in self.sent, f"task {task.task} was sent twice"
             assert 0 <= task.attempt < ATTEMPTS_MAX
             assert task.queued_at <= self.now
-            assert PIPELINES[request.pipeline].stages[task.stage].op.pool == joined.pool
+            assert _pipeline(request.pipeline).stages[task.stage].op.pool == joined.pool
             self.sent[task.task] = task
             self.where[task.task] = command.replica
             here[task.task] = task

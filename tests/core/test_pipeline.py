@@ -21,6 +21,7 @@ from sage_core.pipeline import (
     Work,
     chat,
     op,
+    pipeline_of,
     single_request_pipelines,
     trace,
 )
@@ -199,3 +200,19 @@ def graphs(draw: st.DrawFn) -> Pipeline:
         return result
 
     return trace("random", body)
+
+
+def test_a_single_request_pipeline_on_a_pool_of_its_own() -> None:
+    pipelines = single_request_pipelines()
+    served = pipeline_of(pipelines, "chat@qwen2.5-7b")
+    assert served is not None and served is pipelines["chat@qwen2.5-7b"]
+    assert [(stage.op.name, stage.op.pool) for stage in served.stages] == [("chat", "qwen2.5-7b")]
+    assert served.single is True and pipeline_of(pipelines, "embed@minilm").single is False  # type: ignore[union-attr]
+    assert Run(served, 7).work(served.stages[0], 50) == (7, 50)
+
+
+@pytest.mark.parametrize("name", ["summon", "chat@", "@llm", "rag@llm", "summon@llm"])
+def test_no_other_pipeline_can_be_asked_for_by_name(name: str) -> None:
+    pipelines = {**single_request_pipelines(), "rag": trace("rag", lambda text: answer(text, retrieve(encode(text))))}
+    assert pipeline_of(pipelines, name) is None
+    assert name not in pipelines

@@ -50,7 +50,7 @@ class Rules(RuleBasedStateMachine):
         return among[number % len(among)]
 
     @rule(
-        pipeline=st.sampled_from(("chat", "embed", "generate", "rag", "fan")),
+        pipeline=st.sampled_from(("chat", "embed", "generate", "rag", "fan", "chat@llm", "embed@cpu")),
         tenant=st.sampled_from(("ada", "bob", "cyd")),
         priority=st.integers(0, 2),
         tokens=st.integers(0, 3000),

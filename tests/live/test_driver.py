@@ -46,6 +46,12 @@ def asked(request: int, now: int, pipeline: str = "chat", **fields: Any) -> e.Re
     return e.RequestArrived(request, pipeline, int(kind), "tenant", 0, 20, cap, now, **fields)
 
 
+def ask(driver: LiveDriver, request: e.RequestArrived) -> asyncio.Future[Outcome]:
+    end: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    driver.submit(request, end.set_result)
+    return end
+
+
 class Told:
     """Every step, as the driver recorded it."""
 
@@ -64,7 +70,7 @@ async def crowd(plane: Plane, told: Told, n: int, backends: int = 2) -> tuple[Li
         driver.add(emulated(number))
     ends = []
     for request in range(n):
-        ends.append(driver.submit(asked(request, driver.now, ("chat", "embed", "generate")[request % 3])))
+        ends.append(ask(driver, asked(request, driver.now, ("chat", "embed", "generate")[request % 3])))
         if request % 4 == 3:
             await asyncio.sleep(0.001)
     outcomes = await asyncio.wait_for(asyncio.gather(*ends), 30)
@@ -97,7 +103,7 @@ def test_a_burst_within_one_turn_is_one_step() -> None:
         driver = LiveDriver(planes(), told)
         driver.add(emulated(0))
         now = driver.now
-        ends = [driver.submit(asked(request, now)) for request in range(20)]
+        ends = [ask(driver, asked(request, now)) for request in range(20)]
         await asyncio.gather(*ends)
         await driver.close()
         return told
@@ -112,12 +118,13 @@ def test_a_client_that_leaves_frees_its_engine() -> None:
     async def leaving() -> tuple[Outcome, Told, int]:
         told = Told()
         driver = LiveDriver(planes(), told)
-        driver.add(emulated(0, output_tokens=60))
-        end = driver.submit(asked(0, driver.now))
+        backend = emulated(0, output_tokens=60)
+        driver.add(backend)
+        end = ask(driver, asked(0, driver.now))
         await asyncio.sleep(0.01)
         driver.cancel(0)
         outcome = await end
-        (report,) = driver._backends[0]._model.report(driver.now)[:1]  # type: ignore[attr-defined]
+        (report,) = backend._model.report(driver.now)[:1]
         driver.cancel(0)  # again: nothing
         await driver.close()
         return outcome, told, report.running
@@ -132,7 +139,7 @@ def test_what_is_live_when_the_driver_closes_fails() -> None:
     async def closing() -> list[Outcome]:
         driver = LiveDriver(planes())
         driver.add(emulated(0, output_tokens=60))
-        ends = [driver.submit(asked(0, driver.now)), driver.submit(asked(1, driver.now, "summon"))]
+        ends = [ask(driver, asked(0, driver.now)), ask(driver, asked(1, driver.now, "summon"))]
         await asyncio.sleep(0.01)
         await driver.close("shut")
         return [await end for end in ends]
@@ -155,11 +162,12 @@ def test_a_policy_that_breaks_its_contract_fails_every_client() -> None:
         make = {"broken": lambda: Policy("broken", None, Broken(), fifo.route, fifo.limit, fifo.predict)}
         driver = LiveDriver(planes("broken", **make))
         driver.add(emulated(0))
-        end = driver.submit(asked(0, driver.now))
-        with pytest.raises(PolicyError, match="order Broken: score of task 0 is NaN"):
-            await end
+        end = ask(driver, asked(0, driver.now))
+        failed = await end
+        assert isinstance(failed, Fail)
+        assert "order Broken: score of task 0 is NaN" in failed.reason
         with pytest.raises(PolicyError):
-            driver.submit(asked(1, driver.now))
+            await ask(driver, asked(1, driver.now))
         await driver.close()
 
     asyncio.run(broken())
@@ -188,7 +196,7 @@ def test_the_plane_is_woken_when_it_wants_to_be() -> None:
         driver = LiveDriver(planes("held", **make))
         driver.add(emulated(0))
         begun = driver.now
-        await asyncio.wait_for(driver.submit(asked(0, begun)), 5)
+        await asyncio.wait_for(ask(driver, asked(0, begun)), 5)
         took = driver.now - begun
         await driver.close()
         return took

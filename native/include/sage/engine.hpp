@@ -275,6 +275,7 @@ class Device {
   void clear(Ps now);
   void tell(Ns at, Code code, std::int64_t task, std::int64_t value);
   Ns next_told(Device& scratch) const;  // instant of the next event if nothing else comes
+  Ps next_start() const;                // of the next iteration or batch, when nothing is in progress
   std::int64_t running() const { return static_cast<std::int64_t>(m.slots.size() - m.slots_free.size()); }
   std::int64_t waiting() const { return static_cast<std::int64_t>(llm_waiting.size() + m.orphans.size()); }
 
@@ -285,7 +286,6 @@ class Device {
  private:
   void look_ahead(const Device& from);
   bool next();
-  Ps next_start() const;
   bool tells_at_end() const;
   std::optional<Ns> end_of_steady_decoding() const;
   Ns told_at(const Work& work) const;
@@ -351,6 +351,8 @@ class Engine {
   void run(Ns now);
   std::vector<Told> advance(Ns now);
   Ns wakeup_at();
+  std::vector<std::int64_t> generated(const std::vector<std::int64_t>& tasks);
+  Ns boundary_at();
 
   std::int64_t running() const { return device_.running(); }
   std::int64_t waiting() const;

@@ -114,6 +114,8 @@ class Plane {
   struct On;
 
   void arrived(const RequestArrived& event, std::vector<Command>& commands);
+  // "chat@MODEL" is the single-stage pipeline "chat" on the pool MODEL, made when first asked for. Null: unknown.
+  const Pipeline* pipeline_of(Label name);
   void cancelled(const RequestCancelled& event, std::vector<Command>& commands);
   void tokens(const TokensProduced& event);
   void finished(const TaskFinished& event, std::vector<Command>& commands);

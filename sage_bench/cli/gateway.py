@@ -1,0 +1,138 @@
+"""``sage gateway``: start one, manage its keys."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sage_bench.cli.gateway_keys import key_app
+from sage_bench.config import checked, composed
+from sage_bench.discovery import model_of
+from sage_bench.live_manifest import Started, version, write_live_manifest
+from sage_bench.run import prepare
+from sage_bench.serving import EngineConfig, Serving, parse_engine, read_engines, serve
+from sage_core.errors import ConfigError
+from sage_live.gateway.app import Gateway, GatewayConfig
+from sage_live.gateway.keyfile import default_path
+from sage_live.gateway.keys import ApiKeys
+from sage_live.gateway.logs import AccessLog
+from sage_live.gateway.rate import Limits as RateLimit
+from sage_live.gateway.rate import RateLimits
+from sage_live.gateway.tracing import otlp_tracer
+from sage_live.health import HealthConfig
+from sage_live.http.limits import Limits
+from sage_live.ports import choose_port
+from sage_live.service import ServiceConfig
+
+app = typer.Typer(no_args_is_help=True, help="Serve OpenAI's API from engines, with the control plane in between.")
+app.add_typer(key_app, name="key")
+
+GROUPS = ("policy", "slo", "attempts_max", "mechanism", "seed", "record", "name", "results")
+"""Keys of a run's configuration that mean something to a gateway."""
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+def start(
+    context: typer.Context,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="An engine: URL[,model=NAME][,kind=embedding][,adapter=NAME]...; may be repeated."),
+    ] = None,
+    engines: Annotated[Path | None, typer.Option(help="A YAML list of engines (docs/gateway.md).")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Default: SAGE_GATEWAY_PORT, 8888, or the next free one.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys (`sage gateway key add`).")] = None,
+    no_keys: Annotated[bool, typer.Option("--no-keys", help="Serve anybody, even beyond this machine.")] = False,
+    rpm: Annotated[int | None, typer.Option(help="Requests a minute per tenant.")] = None,
+    tpm: Annotated[int | None, typer.Option(help="Tokens a minute per tenant.")] = None,
+    live_max: Annotated[int, typer.Option(help="Live requests; above it clients get 503.")] = 10_000,
+    request_s: Annotated[float, typer.Option(help="Seconds a request may take in all.")] = 600.0,
+    body_max: Annotated[int, typer.Option(help="Bytes of a request body; above it 413.")] = 16 * 1024 * 1024,
+    grace_s: Annotated[float, typer.Option(help="Seconds for live requests at shutdown.")] = 30.0,
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait for engines whose model must be asked.")] = 0.0,
+    health_interval_s: Annotated[float, typer.Option(help="Seconds between health probes.")] = 2.0,
+    slow_factor: Annotated[
+        float, typer.Option(help="Eject engines so many times slower than their pool; 0: never.")
+    ] = 2.0,
+    stall_s: Annotated[float, typer.Option(help="Eject engines silent for so long while they have work.")] = 60.0,
+    access_log: Annotated[str | None, typer.Option(help="JSON lines to this file; - for standard error.")] = None,
+    otlp: Annotated[str | None, typer.Option(help="OpenTelemetry collector, http://HOST:PORT/v1/traces.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="A folder for log and rows: `sage replay`, `sage whatif`.")
+    ] = None,
+) -> None:
+    """Serve. Further arguments choose policy and objectives as in `sage run`: policy=hybrid slo=interactive ..."""
+    foreign = [arg for arg in context.args if arg.lstrip("+~").split("=")[0].split(".")[0].split("/")[0] not in GROUPS]
+    if foreign:
+        raise ConfigError(f"{foreign[0]}: not for a gateway; it takes {', '.join(GROUPS)} (GROUP=CHOICE or key=value)")
+    config, plain = checked(composed(["driver=live", "load=clients", *context.args]))
+    listed = [*(read_engines(engines) if engines else []), *map(parse_engine, engine or [])]
+    if host not in LOOPBACK and keys is None and not no_keys:
+        raise ConfigError(
+            f"--host {host}: anybody who reaches it could use the engines; add --keys {default_path(os.environ)} "
+            "(`sage gateway key add TENANT`), or --no-keys if that is meant"
+        )
+    origin_ns = time.time_ns()
+    specs = [each.spec(each.model or _model(each, wait_s), os.environ) for each in listed]
+    with contextlib.ExitStack() as until_ready:
+        log = None if access_log is None else AccessLog(None if access_log == "-" else Path(access_log), origin_ns)
+        tracer = None if otlp is None else otlp_tracer(otlp, origin_ns, version())
+        serving = Serving(
+            GatewayConfig(
+                host,
+                choose_port("gateway") if port is None else port,
+                grace_s,
+                version(),
+                Limits(body_bytes_max=body_max),
+            ),
+            ServiceConfig(live_max, request_s),
+            HealthConfig(interval_s=health_interval_s, slow_factor=slow_factor, stall_s=stall_s),
+            specs,
+            None if keys is None else ApiKeys(keys),
+            RateLimits(RateLimit(rpm, tpm)) if rpm or tpm or keys else None,
+            log,
+            tracer,
+            {"policy": config.policy, "slo": config.slo, "engines": [each.url for each in specs]},
+            record,
+            _note,
+        )
+        until_ready.pop_all()
+    started = Started.now()
+    if record is not None:
+        prepare(record, plain)
+    served = serve(config, serving, _ready)
+    if record is not None:
+        write_live_manifest(record, config, plain, served, started, specs=specs, source="live")
+    counts = served.counts
+    print(
+        f"served {counts['arrived']:,} requests in {served.duration_ns / 1e9:,.1f} s: {counts['responded']:,} responded, "
+        f"{counts['rejected']:,} rejected, {counts['cancelled']:,} cancelled, {counts['failed']:,} failed; "
+        f"digest {served.digest.hex()}",
+        flush=True,
+    )
+
+
+def _model(engine: EngineConfig, wait_s: float) -> str:
+    key = None if engine.api_key_env is None else os.environ.get(engine.api_key_env)
+    return model_of(engine.url, wait_s=wait_s, api_key=key)
+
+
+def _ready(gateway: Gateway, port: int) -> None:
+    host = gateway.config.host
+    print(
+        f"listening on http://{f'[{host}]' if ':' in host else host}:{port}/v1, policy {gateway.service.policy}, "
+        f"{len(gateway.service.watches)} engines; Ctrl-C drains and stops",
+        flush=True,
+    )
+
+
+def _note(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,108 @@
+"""The manifest of a live run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sage_bench.config import RunConfig
+from sage_bench.results.devices import device_facts
+from sage_bench.results.manifest import (
+    EngineFact,
+    LoadFact,
+    Manifest,
+    PolicyFact,
+    ReplicaFact,
+    Source,
+    Status,
+    Timing,
+    write_manifest,
+)
+from sage_bench.serving import Served
+from sage_core.ops import native_build
+from sage_core.units import seconds
+from sage_live.http_engine import EngineSpec
+from sage_sim.profile import Profile
+
+
+def version() -> str:
+    """Of this distribution."""
+    return importlib.metadata.version("sage-serving")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The machine when a run began."""
+
+    at: datetime
+    wall: float
+    cpu: float
+    load_average: tuple[float, ...]
+
+    @classmethod
+    def now(cls) -> Started:
+        return cls(datetime.now(UTC), time.perf_counter(), time.process_time(), os.getloadavg())
+
+
+def write_live_manifest(
+    folder: Path,
+    config: RunConfig,
+    plain: dict[str, Any],
+    served: Served,
+    started: Started,
+    *,
+    source: Source,
+    status: Status = "complete",
+    specs: Sequence[EngineSpec] = (),
+    versions: Mapping[str, str] | None = None,
+    rate: float | None = None,
+    overrides: Sequence[str] = (),
+    profiles: Mapping[str, Profile] | None = None,
+    price_per_h: float | None = None,
+    generator: Mapping[str, Any] | None = None,
+    invalid: Sequence[str] = (),
+) -> Manifest:
+    """What a simulated run's says, from a gateway's life. versions: of the engines, by URL. generator: what the load
+    generator measured of itself. OutputError."""
+    return write_manifest(
+        folder,
+        experiment=config.name,
+        run_id=folder.name,
+        source=source,
+        status=status,
+        policy=PolicyFact(served.policy, {k: v for k, v in config.policy.items() if not k.startswith("_")}),
+        seed=config.seed,
+        load=LoadFact(rate, str(config.load.get("_target_", "")).rpartition(".")[2], config.load),
+        overrides=tuple(overrides),
+        config=plain,
+        duration_ns=served.duration_ns,
+        digest=served.digest.hex(),
+        steps=served.steps,
+        control_s=served.control_s,
+        timing=Timing(
+            started.at.isoformat(),
+            time.perf_counter() - started.wall,
+            time.process_time() - started.cpu,
+            started.load_average,
+        ),
+        native_build=native_build() if config.mechanism == "native" else "reference",
+        warmup_ns=seconds(config.warmup_s),
+        replicas=tuple(ReplicaFact(**row) for row in served.replicas),
+        devices=() if profiles is None else device_facts(config, profiles),
+        price_per_h=price_per_h,
+        counts=served.counts,
+        engines=tuple(
+            EngineFact(
+                spec.name or spec.url, spec.url, spec.model, spec.adapter, (versions or {}).get(spec.url, "unknown")
+            )
+            for spec in specs
+        ),
+        generator=generator,
+        invalid=tuple(invalid),
+    )

@@ -1,0 +1,248 @@
+"""A gateway from configuration: engines, policy and objectives to a process that serves, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import uvloop
+import yaml
+
+from sage_bench.compose import make, make_plane
+from sage_bench.config import RunConfig
+from sage_bench.results.native_recorder import NativeRecorder
+from sage_bench.results.recorder import RunRecorder
+from sage_bench.results.writer import StepWriter
+from sage_core.commands import AnyCommand
+from sage_core.errors import ConfigError, DataError
+from sage_core.events import AnyEvent
+from sage_core.pipeline import single_request_pipelines
+from sage_core.slo import SloTable
+from sage_core.stepper import ColumnRecorder, Recorder
+from sage_core.units import NEVER, PoolKind, seconds
+from sage_live.gateway.app import Gateway, GatewayConfig
+from sage_live.gateway.keys import ApiKeys
+from sage_live.gateway.logs import AccessLog
+from sage_live.gateway.rate import RateLimits
+from sage_live.gateway.tracing import Tracer
+from sage_live.health import HealthConfig
+from sage_live.http_engine import EngineSpec
+from sage_live.service import InferenceService, ServiceConfig
+from sage_policies.presets import PRESETS
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One engine in service. model null: what its ``/v1/models`` says. api_key_env: the environment variable that holds
+    the key it wants. Other keys as in sage_live.http_engine.EngineSpec."""
+
+    url: str
+    model: str | None = None
+    kind: Literal["llm", "embedding"] = "llm"
+    adapter: str = "vllm"
+    name: str = ""
+    pool: str = ""
+    upstream_model: str = ""
+    node: str = "local"
+    device: int = -1
+    tasks_max: Count | None = None
+    batch_tokens_max: Count | None = None
+    kv_tokens_max: Annotated[int, msgspec.Meta(ge=0)] = 0
+    priority_scheduling: bool = False
+    api_key_env: str | None = None
+    fixed_ns: float = 0.0
+    input_token_ns: float = 0.0
+    output_token_ns: float = 0.0
+    output_seq_ns: float = 0.0
+
+    def spec(self, model: str, env: Mapping[str, str]) -> EngineSpec:
+        """With its model known. ConfigError for a key that is not in ``env``."""
+        key = None
+        if self.api_key_env is not None:
+            key = env.get(self.api_key_env)
+            if not key:
+                raise ConfigError(f"engine {self.url}: api_key_env: {self.api_key_env} is not set; set it to the key")
+        embedding = self.kind == "embedding"
+        return EngineSpec(
+            self.url,
+            model,
+            PoolKind.EMBEDDING if embedding else PoolKind.LLM,
+            self.adapter,
+            self.name,
+            self.pool,
+            self.upstream_model,
+            self.node,
+            self.device,
+            self.tasks_max or (32 if embedding else 256),
+            self.batch_tokens_max or (16384 if embedding else 8192),
+            self.kv_tokens_max,
+            self.priority_scheduling,
+            key,
+            self.fixed_ns,
+            self.input_token_ns,
+            self.output_token_ns,
+            self.output_seq_ns,
+        )
+
+
+def read_engines(path: Path) -> list[EngineConfig]:
+    """A YAML list of engines. DataError naming the file and the key."""
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return msgspec.convert(plain, list[EngineConfig])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise DataError(f"{path}: expected a YAML list of engines: {' '.join(str(error).split())}") from error
+
+
+def parse_engine(text: str) -> EngineConfig:
+    """``URL[,key=value]...`` as on the command line. ConfigError naming the key."""
+    url, *pairs = text.split(",")
+    fields: dict[str, Any] = {"url": url}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--engine {text}: expected URL[,key=value]..., got {pair!r}")
+        fields[key] = value
+    try:
+        return msgspec.convert(fields, EngineConfig, strict=False)
+    except msgspec.ValidationError as error:
+        known = ", ".join(EngineConfig.__struct_fields__)
+        raise ConfigError(f"--engine {text}: {error}; keys are {known}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What to serve, beside a run's configuration. record: the folder for log and rows; None: nothing is kept."""
+
+    gateway: GatewayConfig
+    service: ServiceConfig = field(default_factory=ServiceConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    engines: Sequence[EngineSpec] = ()
+    keys: ApiKeys | None = None
+    rates: RateLimits | None = None
+    log: AccessLog | None = None
+    tracer: Tracer | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    record: Path | None = None
+    on_note: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """How a gateway's life went: for the manifest."""
+
+    steps: int
+    digest: bytes
+    duration_ns: int
+    control_s: float
+    counts: Mapping[str, int]
+    replicas: Sequence[Mapping[str, Any]]
+    policy: str
+
+
+def policy_names(config: RunConfig) -> list[str]:
+    """What the plane of this configuration may be switched to."""
+    return sorted({*PRESETS, str(config.policy.get("name") or "")} - {""})
+
+
+@contextlib.asynccontextmanager
+async def gateway(config: RunConfig, serving: Serving) -> AsyncIterator[tuple[Gateway, list[Served]]]:
+    """A gateway that listens; at the end it drains, and the list has what was :class:`Served`."""
+    served: list[Served] = []
+    slo = make("slo", config.slo)
+    if not isinstance(slo, SloTable):
+        raise ConfigError(f"slo._target_: expected sage_core.slo.SloTable, got {type(slo).__name__}")
+    with contextlib.ExitStack() as files:
+        rows, record = recorder(files, serving.record, config, slo)
+        service = InferenceService(
+            make_plane(config),
+            serving.service,
+            slo=slo,
+            health=serving.health,
+            record=record,
+            on_state=lambda engine, state, why: serving.on_note(
+                f"engine {engine.name}: {state.value}{f' ({why})' if why else ''}"
+            ),
+        )
+        made = Gateway(
+            service,
+            serving.gateway,
+            keys=serving.keys,
+            rates=serving.rates,
+            log=serving.log,
+            tracer=serving.tracer,
+            policies=policy_names(config),
+            settings=serving.settings,
+        )
+        try:
+            for spec in serving.engines:
+                service.add_engine(spec)
+            await made.start()
+            yield made, served
+        finally:
+            await made.close()
+            driver = service.driver
+            counts = driver.plane.counts
+            served.append(
+                Served(
+                    driver.steps,
+                    driver.digest,
+                    driver.now,
+                    driver.control_ns / 1e9,
+                    {name: getattr(counts, name) for name in counts.__dataclass_fields__},
+                    [] if rows is None else rows.replicas(),
+                    service.policy,
+                )
+            )
+
+
+def recorder(
+    files: contextlib.ExitStack, folder: Path | None, config: RunConfig, slo: SloTable
+) -> tuple[RunRecorder | NativeRecorder | None, Recorder | ColumnRecorder | None]:
+    """Who makes the rows of a live run, and what the driver is to tell of each step."""
+    if folder is None:
+        return None, None
+    pipelines = {name: [(s.op.name, s.op.pool) for s in p.stages] for name, p in single_request_pipelines().items()}
+    about: dict[str, Any] = {"warmup_ns": seconds(config.warmup_s), "cooldown_at": NEVER, "tasks": config.record.tasks}
+    if config.mechanism == "native":
+        columns = files.enter_context(NativeRecorder(folder, pipelines, slo, steps=config.record.steps, **about))
+        return columns, columns
+    rows = files.enter_context(RunRecorder(folder, pipelines, slo, **about))
+    log = files.enter_context(StepWriter(folder / "steps.parquet")) if config.record.steps else None
+
+    def record(
+        now: int, events: Sequence[AnyEvent], commands: Sequence[AnyCommand], encoded: bytes, digest: bytes
+    ) -> None:
+        rows(now, events, commands)
+        if log is not None:
+            log(now, encoded, digest)
+
+    return rows, record
+
+
+def serve(config: RunConfig, serving: Serving, ready: Callable[[Gateway, int], None]) -> Served:
+    """Serve until SIGINT or SIGTERM, then drain. ``ready`` is told the port."""
+
+    async def main() -> Served:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        async with gateway(config, serving) as (made, served):
+            gc.collect()
+            gc.freeze()  # what is here now stays: no collection looks at it again
+            ready(made, made.port)
+            await stop.wait()
+        return served[0]
+
+    return uvloop.run(main())

@@ -1,0 +1,427 @@
+"""A real engine as a backend of the driver: commands become HTTP requests, answers become events.
+
+Several embedding tasks that the plane dispatched together become one request upstream, whose answer is split again; an
+LLM task is a request of its own, because the engine batches those itself, iteration by iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from sage_core import events as e
+from sage_core.commands import Cancel, Dispatch, Task
+from sage_core.errors import ConfigError
+from sage_core.units import Nanos, PoolKind, request_of
+from sage_live import errors
+from sage_live.adapters import Adapter, adapter
+from sage_live.batch import Parts, put_together, split_answer, take_apart
+from sage_live.call import Call
+from sage_live.driver import Post
+from sage_live.http.client import Exchange, Pool, UpstreamError
+from sage_live.wire import done_usage, number_after, with_field, without_usage
+
+JSON: Final = ((b"content-type", b"application/json"),)
+
+RETRYABLE: Final = frozenset({408, 429, 500, 502, 503, 504})
+"""Answers that blame the engine or the moment, not the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """One engine in service.
+
+    url: where it listens. model: what clients call what it serves; upstream_model: what the engine calls it ("" the
+    same). pool: the plane's name for the engines of this model ("": the model's). name: "" takes host:port.
+    tasks_max: requests that it may hold at once; an embedding engine gets at most so many tasks in one request.
+    priority_scheduling: the engine was started with it, so ``priority`` is passed on. api_key: sent to the engine.
+    The ``*_ns`` are what work on it is expected to cost (sage_core.events.ReplicaJoined); zero: unknown, to be learned.
+    """
+
+    url: str
+    model: str
+    kind: PoolKind = PoolKind.LLM
+    adapter: str = "vllm"
+    name: str = ""
+    pool: str = ""
+    upstream_model: str = ""
+    node: str = "local"
+    device: int = -1
+    tasks_max: int = 256
+    batch_tokens_max: int = 8192
+    kv_tokens_max: int = 0
+    priority_scheduling: bool = False
+    api_key: str | None = None
+    fixed_ns: float = 0.0
+    input_token_ns: float = 0.0
+    output_token_ns: float = 0.0
+    output_seq_ns: float = 0.0
+
+    def __post_init__(self) -> None:
+        adapter(self.adapter)
+        if not self.model:
+            raise ConfigError(f"engine {self.url}: model: expected the name that clients ask for, got ''")
+        for key in ("tasks_max", "batch_tokens_max"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"engine {self.url}: {key}: expected 1 or more, got {getattr(self, key)}")
+
+
+class Pace:
+    """How fast an engine answers, of late: nanoseconds an output token, or a request where nothing is generated."""
+
+    __slots__ = ("count", "ns")
+
+    WEIGHT: Final = 0.1
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.ns = 0.0
+
+    def saw(self, took_ns: int, output_tokens: int) -> None:
+        """One answer."""
+        each = took_ns / max(output_tokens, 1)
+        self.count += 1
+        self.ns += (each - self.ns) * max(self.WEIGHT, 1 / self.count)
+
+
+class HttpEngine:
+    """A :class:`sage_live.driver.Backend` with one replica, which comes and goes with the engine's health.
+
+    calls: by request id; what a task's request says. Build inside the event loop.
+    """
+
+    def __init__(self, spec: EngineSpec, calls: Mapping[int, Call], device: int) -> None:
+        headers = () if spec.api_key is None else ((b"authorization", f"Bearer {spec.api_key}".encode()),)
+        self.spec = spec
+        self.adapter: Adapter = adapter(spec.adapter)
+        self.pool = Pool(spec.url, headers=headers)
+        self.name = spec.name or f"{self.pool.host}:{self.pool.port}"
+        self.device = spec.device if spec.device >= 0 else device
+        self.replica = -1
+        """Of the plane; -1 while the engine is out of service."""
+        self.on_trouble: Callable[[str], None] | None = None
+        """Told when an exchange failed in a way that says something about the engine's health."""
+        self.on_idle: Callable[[], None] | None = None
+        """Told when the last exchange is over."""
+        self.flights: dict[int, _Flight] = {}
+        self.served = 0
+        self.heard_ns = 0
+        """When it last said anything about work."""
+        self.pace = Pace()
+        self._calls = calls
+
+    # --- a backend ------------------------------------------------------------------------------------------------
+
+    def joined(self) -> list[e.ReplicaJoined]:
+        """None: the replica joins when the engine is found healthy."""
+        return []
+
+    def start(self, post: Post, now: Callable[[], Nanos]) -> None:
+        """From now on commands come, and events go to ``post``."""
+        self.post, self.now = post, now
+
+    def carry_out(self, command: Dispatch | Cancel) -> None:
+        """Send the tasks; cut what is no longer wanted."""
+        if isinstance(command, Dispatch):
+            if self.spec.kind is PoolKind.EMBEDDING:
+                self._send_embeddings(command)
+            else:
+                for task in command.tasks:
+                    self._send(task, self._calls[request_of(task.task)])
+        else:
+            flight = self.flights.pop(command.task, None)
+            if flight is not None:
+                flight.forget(command.task)
+                self._check_idle()
+
+    async def close(self) -> None:
+        """Cut everything."""
+        self.drop()
+        await self.pool.close()
+
+    # --- for whoever watches its health ---------------------------------------------------------------------------
+
+    def as_joined(self, replica: int, kv_tokens: int | None = None) -> e.ReplicaJoined:
+        """What the engine says when it becomes healthy."""
+        spec = self.spec
+        self.replica = replica
+        return e.ReplicaJoined(
+            replica,
+            spec.pool or spec.model,
+            int(spec.kind),
+            self.device,
+            spec.node,
+            spec.tasks_max,
+            spec.batch_tokens_max,
+            kv_tokens or spec.kv_tokens_max,
+            spec.fixed_ns,
+            spec.input_token_ns,
+            spec.output_token_ns,
+            spec.output_seq_ns,
+        )
+
+    def drop(self) -> None:
+        """Cut every exchange and say nothing of it: the replica has left."""
+        self.replica = -1
+        for flight in list(self.flights.values()):
+            flight.cut()
+        self.flights.clear()
+
+    # --- exchanges ------------------------------------------------------------------------------------------------
+
+    def _send(self, task: Task, call: Call) -> None:
+        body = call.body
+        if self.spec.upstream_model:
+            body = with_field(body, b"model", self.spec.upstream_model)
+        if call.stream and not call.usage_asked and self.adapter.usage:
+            body = with_field(body, b"stream_options", {"include_usage": True})
+        if task.priority and self.spec.priority_scheduling and self.adapter.priority:
+            body = with_field(body, b"priority", task.priority)
+        flight = (_Stream if call.stream else _Whole)(self, task.task, call)
+        self._fly(flight, task.task, call)
+        headers = JSON if call.traceparent is None else (*JSON, (b"traceparent", call.traceparent))
+        flight.exchange = self.pool.send("POST", call.path, headers, body, flight)
+
+    def _send_embeddings(self, command: Dispatch) -> None:
+        """Tasks that can share a request do."""
+        if len(command.tasks) == 1:
+            self._send_whole(command.tasks[0].task)
+            return
+        shared: dict[bytes, list[tuple[int, Parts]]] = {}
+        for task in command.tasks:
+            parts = take_apart(self._calls[request_of(task.task)].body)
+            shared.setdefault(parts.key, []).append((task.task, parts))
+        for members in shared.values():
+            if len(members) == 1:
+                self._send_whole(members[0][0])
+                continue
+            flight = _Batch(self, {task: (self._calls[request_of(task)], parts) for task, parts in members})
+            for task, _ in members:
+                self._fly(flight, task, self._calls[request_of(task)])
+            self._post_embedding(flight, put_together([parts for _, parts in members]))
+
+    def _send_whole(self, task: int) -> None:
+        call = self._calls[request_of(task)]
+        flight = _Whole(self, task, call)
+        self._fly(flight, task, call)
+        self._post_embedding(flight, call.body)
+
+    def send_alone(self, task: int, call: Call) -> None:
+        """An embedding task whose batch the engine refused."""
+        flight = _Whole(self, task, call)
+        flight.since = self.now()
+        self.flights[task] = flight
+        self._post_embedding(flight, call.body)
+
+    def _post_embedding(self, flight: _Whole | _Batch, body: bytes) -> None:
+        if self.spec.upstream_model:
+            body = with_field(body, b"model", self.spec.upstream_model)
+        flight.exchange = self.pool.send("POST", self.adapter.embeddings, JSON, body, flight)
+
+    def _fly(self, flight: _Flight, task: int, call: Call) -> None:
+        call.dispatched_ns = flight.since = self.now()
+        call.idle = not self.flights
+        call.engine = self.name
+        call.error = None
+        self.flights[task] = flight
+
+    def landed(self, task: int) -> None:
+        """An exchange of this task is over."""
+        self.flights.pop(task, None)
+        self.served += 1
+        self.heard_ns = self.now()
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        if not self.flights and self.on_idle is not None:
+            self.on_idle()
+
+    def failed(self, task: int, call: Call, status: int, body: bytes, content_type: bytes) -> None:
+        """The engine said no."""
+        retryable = status in RETRYABLE
+        if retryable:
+            call.error = errors.upstream_failed(f"The engine answered {status}, and the request could not be retried.")
+            if status != 429 and self.on_trouble is not None:
+                self.on_trouble(f"answered {status}")
+        else:
+            call.verdict = (status, body)
+            call.reply_type = content_type
+        self.post(e.TaskFailed(task, f"the engine answered {status}", retryable))
+
+    def broke(self, task: int, call: Call, error: UpstreamError) -> None:
+        """The connection did."""
+        call.error = errors.upstream_failed()
+        self.post(e.TaskFailed(task, f"connection: {error.reason.value}", True))
+
+
+class _Flight:
+    """An exchange with the engine; the sink of its answer."""
+
+    __slots__ = ("body", "content_type", "engine", "exchange", "since", "status")
+
+    def __init__(self, engine: HttpEngine) -> None:
+        self.engine = engine
+        self.exchange: Exchange | None = None
+        self.status = 0
+        self.content_type = b"application/json"
+        self.body = b""
+        self.since = Nanos(0)
+
+    def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        self.status = status
+        self.content_type = headers.get(b"content-type", b"application/json")
+
+    def on_body(self, data: bytes) -> None:
+        self.body = self.body + data if self.body else data
+
+    def cut(self) -> None:
+        if self.exchange is not None:
+            self.exchange.abort()
+
+    def forget(self, task: int) -> None:
+        """This task's answer is not wanted."""
+        self.cut()
+
+
+class _Whole(_Flight):
+    """One task, answered as a whole."""
+
+    __slots__ = ("call", "task")
+
+    def __init__(self, engine: HttpEngine, task: int, call: Call) -> None:
+        super().__init__(engine)
+        self.task = task
+        self.call = call
+
+    def on_end(self) -> None:
+        engine, call = self.engine, self.call
+        engine.landed(self.task)
+        if self.status == 200:
+            call.reply, call.reply_type = self.body, self.content_type
+            call.prompt_tokens = number_after(self.body, b'"prompt_tokens":')
+            if engine.spec.kind is PoolKind.LLM:
+                call.output_tokens = number_after(self.body, b'"completion_tokens":')
+            engine.pace.saw(engine.heard_ns - self.since, call.output_tokens)
+            engine.post(e.TaskFinished(self.task, call.output_tokens))
+        else:
+            engine.failed(self.task, call, self.status, self.body, self.content_type)
+
+    def on_error(self, error: UpstreamError) -> None:
+        self.engine.landed(self.task)
+        self.engine.broke(self.task, self.call, error)
+        if self.engine.on_trouble is not None:
+            self.engine.on_trouble(str(error))
+
+
+class _Stream(_Whole):
+    """One task, answered in pieces that are passed on as they come, whole events only."""
+
+    __slots__ = ("events", "rest")
+
+    def __init__(self, engine: HttpEngine, task: int, call: Call) -> None:
+        super().__init__(engine, task, call)
+        self.events = 0
+        self.rest = b""
+
+    def on_body(self, data: bytes) -> None:
+        if self.status != 200:
+            self.body += data
+            return
+        call = self.call
+        self.engine.heard_ns = now = self.engine.now()
+        if self.rest:
+            data, self.rest = self.rest + data, b""
+        if not data.endswith(b"\n\n"):
+            cut = data.rfind(b"\n\n") + 2
+            if cut == 1:  # not one whole event yet
+                self.rest = data
+                return
+            data, self.rest = data[:cut], data[cut:]
+        if not self.events:
+            call.first_token_ns = now
+            self.engine.post(e.TokensProduced(self.task, 1))
+        self.events += data.count(b"\n\n")
+        if b'"usage":{' in data or b'"usage": {' in data:
+            usage = done_usage(data)
+            if usage is not None:
+                call.prompt_tokens, call.output_tokens = usage
+                if not call.usage_asked:
+                    data = without_usage(data)
+        if not call.begun:
+            call.begun = True
+            exchange = self.exchange
+            if exchange is not None:
+                call.flow = exchange
+            call.answer.begin(self.content_type)
+        if data:
+            call.answer.piece(data)
+
+    def on_end(self) -> None:
+        if self.status != 200:
+            super().on_end()
+            return
+        if self.rest:  # the last event, not ended by a blank line
+            rest, self.rest = self.rest, b""
+            self.on_body(rest + b"\n\n")
+        engine, call = self.engine, self.call
+        engine.landed(self.task)
+        if not self.events:
+            call.error = errors.upstream_failed("The engine ended the stream before it began.")
+            engine.post(e.TaskFailed(self.task, "an empty stream", True))
+            return
+        if not call.output_tokens:
+            call.output_tokens = max(1, self.events - 2)  # no usage: an event a token, but the role's and [DONE]
+        engine.pace.saw(engine.heard_ns - self.since, call.output_tokens)
+        engine.post(e.TaskFinished(self.task, call.output_tokens))
+
+
+class _Batch(_Flight):
+    """Several embedding tasks in one request. ``members``: call and inputs of each that was sent, in order."""
+
+    __slots__ = ("members", "parts")
+
+    def __init__(self, engine: HttpEngine, members: dict[int, tuple[Call, Parts]]) -> None:
+        super().__init__(engine)
+        self.members = members
+        self.parts = [(task, parts) for task, (_, parts) in members.items()]
+
+    def forget(self, task: int) -> None:
+        """The others still want theirs; if nobody does, the exchange is cut."""
+        self.members.pop(task, None)
+        if not self.members:
+            self.cut()
+
+    def on_end(self) -> None:
+        engine = self.engine
+        if self.status != 200 and self.status not in RETRYABLE:
+            # One client's bad input must not fail the others: each is asked again, alone.
+            for task, (call, _) in self.members.items():
+                engine.send_alone(task, call)
+            return
+        for task in self.members:
+            engine.landed(task)
+        if self.status != 200:
+            for task, (call, _) in self.members.items():
+                engine.failed(task, call, self.status, self.body, self.content_type)
+            return
+        try:
+            answers = split_answer(self.body, [parts for _, parts in self.parts])
+        except ValueError as error:
+            for task, (call, _) in self.members.items():
+                call.error = errors.upstream_failed(f"The engine's answer to a batch cannot be read: {error}.")
+                engine.post(e.TaskFailed(task, "an answer that cannot be read", False))
+            return
+        engine.pace.saw(engine.heard_ns - self.since, 0)
+        for (task, _), (reply, tokens) in zip(self.parts, answers, strict=True):
+            if task in self.members:
+                call, _ = self.members[task]
+                call.reply, call.prompt_tokens = reply, tokens
+                engine.post(e.TaskFinished(task, 0))
+
+    def on_error(self, error: UpstreamError) -> None:
+        for task, (call, _) in self.members.items():
+            self.engine.landed(task)
+            self.engine.broke(task, call, error)
+        if self.engine.on_trouble is not None:
+            self.engine.on_trouble(str(error))

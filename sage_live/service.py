@@ -1,0 +1,293 @@
+"""The live control plane with its engines: what the gateway serves over HTTP and a client may hold in its own process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from sage_core import events as e
+from sage_core.commands import Fail, Reject, Respond
+from sage_core.errors import ConfigError
+from sage_core.native_plane import Plane
+from sage_core.slo import SloTable
+from sage_core.stepper import ColumnRecorder, Recorder
+from sage_core.units import PoolKind, RequestKind, seconds
+from sage_live import errors
+from sage_live.call import Call
+from sage_live.driver import LiveDriver, Outcome
+from sage_live.health import HealthConfig, State, Watch
+from sage_live.http_engine import EngineSpec, HttpEngine
+
+PIPELINES: Final = {RequestKind.LLM_CHAT: "chat", RequestKind.LLM_GENERATE: "generate", RequestKind.EMBEDDING: "embed"}
+"""What a request of each kind goes through, on the pool of its model."""
+
+TENANTS_MAX: Final = 10_000
+"""Names of tenants that the plane may come to know: it remembers each for good."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """live_max: requests that may be live at once; above it clients are told to come back. request_s: what a request
+    may take in all. output_tokens_max: assumed cap of a client that states none. trust_schedule: take the client's word
+    for when a request was scheduled (a load generator on this machine)."""
+
+    live_max: int = 10_000
+    request_s: float = 600.0
+    output_tokens_max: int = 1024
+    trust_schedule: bool = False
+
+    def __post_init__(self) -> None:
+        if self.live_max < 1:
+            raise ConfigError(f"live_max: expected 1 or more, got {self.live_max}")
+        if not 0 < self.request_s <= 1e6:
+            raise ConfigError(f"request_s: expected seconds above 0, got {self.request_s!r}")
+
+
+class Observer(Protocol):
+    """Told of every call once, when it has ended: for metrics, logs and traces."""
+
+    def __call__(self, call: Call, outcome: Outcome, status: int, now: int) -> None: ...
+
+
+class Served:
+    """A model, and what is known of its prompts. ``pool``: the plane's name for its engines."""
+
+    __slots__ = ("engines", "kind", "model", "pool", "tokens_per_byte")
+
+    WEIGHT: Final = 0.05
+
+    def __init__(self, model: str, kind: PoolKind, pool: str) -> None:
+        self.model = model
+        self.kind = kind
+        self.pool = pool
+        self.engines = 0
+        self.tokens_per_byte = 0.25
+
+    def estimate(self, bytes_: int) -> int:
+        """Tokens of a prompt of so many bytes."""
+        return max(1, round(bytes_ * self.tokens_per_byte))
+
+    def learn(self, bytes_: int, tokens: int) -> None:
+        """An engine has counted the tokens of a prompt."""
+        if bytes_ and tokens:
+            self.tokens_per_byte += (tokens / bytes_ - self.tokens_per_byte) * self.WEIGHT
+
+
+class InferenceService:
+    """Build inside a running event loop; :meth:`close` when done."""
+
+    def __init__(
+        self,
+        plane: Plane,
+        config: ServiceConfig | None = None,
+        *,
+        slo: SloTable | None = None,
+        health: HealthConfig | None = None,
+        record: Recorder | ColumnRecorder | None = None,
+        observe: Observer | None = None,
+        on_state: Callable[[HttpEngine, State, str], None] | None = None,
+    ) -> None:
+        self.driver = LiveDriver(plane, record)
+        self.config = config or ServiceConfig()
+        self.calls: dict[int, Call] = {}
+        self.watches: dict[str, Watch] = {}
+        self.models: dict[str, Served] = {}
+        self.policy = plane.policy.name
+        self.draining = False
+        self._slo = slo or SloTable()
+        self._health = health or HealthConfig()
+        self.observe = observe
+        self._on_state = on_state
+        self._tenants: set[str] = set()
+        self._request_next = 0
+        self._device_next = 0
+        self._emptied: asyncio.Event | None = None
+        self._timer = asyncio.get_running_loop().call_later(1.0, self._sweep)
+
+    # --- engines --------------------------------------------------------------------------------------------------
+
+    def add_engine(self, spec: EngineSpec) -> Watch:
+        """An engine is put in service; it gets work when it is found healthy. ConfigError for one that clashes."""
+        served = self.models.get(spec.model)
+        pool = spec.pool or spec.model
+        if served is not None and (served.kind is not spec.kind or served.pool != pool):
+            raise ConfigError(
+                f"engine {spec.url}: model {spec.model!r} is served as {served.kind.name} by pool {served.pool!r}, "
+                f"not as {spec.kind.name} by {pool!r}; engines of one model are of one kind"
+            )
+        engine = HttpEngine(spec, self.calls, self._device_next)
+        if engine.name in self.watches:
+            raise ConfigError(f"engine {engine.name!r} is in service already; give this one another name")
+        self._device_next += 1
+        if served is None:
+            served = self.models[spec.model] = Served(spec.model, spec.kind, pool)
+        served.engines += 1
+        self.driver.add(engine)
+        watch = self.watches[engine.name] = Watch(engine, self.driver, self._health, self._peers, self._state)
+        return watch
+
+    async def remove_engine(self, name: str, *, drain: bool = True) -> None:
+        """Out of service: after what it has, or at once. KeyError for an unknown name."""
+        watch = self.watches[name]
+        if drain:
+            await watch.drain().wait()
+        await watch.close()
+        await self.driver.remove(watch.engine)
+        if self.watches.pop(name, None) is not None:
+            served = self.models[watch.engine.spec.model]
+            served.engines -= 1
+            if not served.engines:
+                del self.models[served.model]
+
+    def set_policy(self, name: str) -> None:
+        """Queued work is decided anew under it. The plane raises for an unknown one: check before."""
+        self.policy = name
+        self.driver.post(e.PolicyChanged(name))
+
+    def _peers(self, engine: HttpEngine) -> list[HttpEngine]:
+        pool = engine.spec.pool or engine.spec.model
+        return [
+            watch.engine
+            for watch in self.watches.values()
+            if watch.engine is not engine
+            and watch.state is State.HEALTHY
+            and (watch.engine.spec.pool or watch.engine.spec.model) == pool
+        ]
+
+    def _state(self, engine: HttpEngine, state: State, why: str) -> None:
+        if self._on_state is not None:
+            self._on_state(engine, state, why)
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        call: Call,
+        *,
+        priority: int = 0,
+        output_tokens_max: int | None = None,
+        input_tokens: int | None = None,
+        ttft_s: float | None = None,
+        e2e_s: float | None = None,
+        scheduled_at: int | None = None,
+    ) -> int:
+        """Ask; the answer goes to ``call.answer``. The request's number.
+
+        input_tokens: exact, where the caller knows. ttft_s, e2e_s: the client's own objectives, else those of its
+        class. Raises ApiError where nothing is even tried.
+        """
+        driver = self.driver
+        if driver.broken is not None:
+            raise errors.internal()
+        served = self.models.get(call.model)
+        if served is None:
+            raise errors.model_not_found(call.model, sorted(self.models))
+        if (call.kind is RequestKind.EMBEDDING) != (served.kind is PoolKind.EMBEDDING):
+            wants = "embeddings" if served.kind is PoolKind.EMBEDDING else "chat or completions"
+            raise errors.bad_request(f"Model {call.model} serves {wants} only; use that endpoint.", param="model")
+        if self.draining:
+            raise errors.overloaded(5.0, "The gateway is shutting down.")
+        if driver.live >= self.config.live_max:
+            raise errors.overloaded(1.0)
+        if call.tenant not in self._tenants:
+            if len(self._tenants) >= TENANTS_MAX:
+                raise errors.overloaded(60.0, "The gateway knows too many tenants.")
+            self._tenants.add(call.tenant)
+        now = driver.now
+        at = now if scheduled_at is None else min(scheduled_at, now)
+        generates = call.kind is not RequestKind.EMBEDDING
+        cap = (output_tokens_max or self.config.output_tokens_max) if generates else 0
+        call.input_tokens = served.estimate(len(call.body)) if input_tokens is None else input_tokens
+        objective = self._slo.of(int(call.kind), priority)
+        number = call.request = self._request_next
+        self._request_next = number + 1
+        call.arrived_ns = now
+        call.deadline_ns = now + int(self.config.request_s * 1e9)
+        self.calls[number] = call
+        driver.submit(
+            e.RequestArrived(
+                number,
+                f"{PIPELINES[call.kind]}@{served.pool}",
+                int(call.kind),
+                call.tenant,
+                priority,
+                call.input_tokens,
+                cap,
+                at,
+                objective.ttft_due_at(at) if ttft_s is None else at + seconds(ttft_s),
+                objective.due_at(at, cap) if e2e_s is None else at + seconds(e2e_s),
+            ),
+            self._ended,
+        )
+        return number
+
+    def cancel(self, request: int) -> None:
+        """The client went away."""
+        self.driver.cancel(request)
+
+    def _ended(self, outcome: Outcome) -> None:
+        call = self.calls.pop(outcome.request)
+        status = self._answer(call, outcome)
+        if call.prompt_tokens and status == 200:
+            served = self.models.get(call.model)
+            if served is not None:
+                served.learn(len(call.body), call.prompt_tokens)
+        if self.observe is not None:
+            self.observe(call, outcome, status, self.driver.now)
+        if self._emptied is not None and not self.calls:
+            self._emptied.set()
+
+    def _answer(self, call: Call, outcome: Outcome) -> int:
+        """Tell the client; the status it was told, 499 for one that went away."""
+        answer = call.answer
+        if type(outcome) is Respond:
+            if call.begun:
+                answer.finish()
+            else:
+                answer.complete(200, call.reply, call.reply_type)
+            return 200
+        if type(outcome) is Reject:
+            error = errors.rate_limited(max(outcome.retry_after_ns / 1e9, 0.001), f"Not admitted: {outcome.reason}.")
+        elif type(outcome) is Fail:
+            if call.verdict is not None and not call.begun:
+                status, body = call.verdict
+                answer.complete(status, body, call.reply_type)
+                return status
+            error = call.error or errors.upstream_failed(f"The request failed: {outcome.reason}.")
+        elif call.overdue:
+            error = errors.upstream_timeout(f"No answer within {self.config.request_s:g} s.")
+        else:
+            return 499
+        answer.fail(error)
+        return error.status
+
+    def _sweep(self) -> None:
+        """Once a second: what takes too long ends."""
+        self._timer = asyncio.get_running_loop().call_later(1.0, self._sweep)
+        now = self.driver.now
+        for number, call in self.calls.items():
+            if call.deadline_ns > now:
+                break  # in order of arrival, and all may take as long
+            call.overdue = True
+            self.driver.cancel(number)
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no more requests; wait until the live ones have ended, at most so long."""
+        self.draining = True
+        if self.calls:
+            self._emptied = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._emptied.wait(), grace_s)
+
+    async def close(self, reason: str = "the gateway was closed") -> None:
+        """Fail what is live, stop watching, close the connections."""
+        self.draining = True
+        self._timer.cancel()
+        for watch in self.watches.values():
+            await watch.close()
+        await self.driver.close(reason)
