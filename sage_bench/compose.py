@@ -122,13 +122,7 @@ def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -
 
     truths = Truths(truth, contents)
 
-    laws = {name: profile.iteration_time() for name, profile in parts.profiles.items()}
-    devices: list[MakeDevice] = []
-    for group in config.cluster.devices:
-        for _ in range(group.count):
-            devices.append(
-                _device_maker(group, len(devices), parts.profiles, laws, truths, config.mechanism == "reference")
-            )
+    devices = device_makers(parts, truths)
     driver = SimDriver(
         make_plane(config, truth),
         parts.load,
@@ -142,6 +136,22 @@ def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -
     )
     made.append(weakref.ref(driver))
     return driver
+
+
+def device_makers(parts: Parts, truths: Truths | None = None) -> list[MakeDevice]:
+    """One for each device of the cluster, in order. truths: what they may know of requests; None: nothing, for those
+    who only ask what the devices are."""
+    config = parts.config
+    laws = {name: profile.iteration_time() for name, profile in parts.profiles.items()}
+    devices: list[MakeDevice] = []
+    for group in config.cluster.devices:
+        for _ in range(group.count):
+            devices.append(
+                _device_maker(
+                    group, len(devices), parts.profiles, laws, truths or _NOBODY, config.mechanism == "reference"
+                )
+            )
+    return devices
 
 
 def _simulated(config: RunConfig) -> SimDriverConfig:

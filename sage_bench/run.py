@@ -56,6 +56,11 @@ class RunResult:
     warnings: list[str]
     wall_s: float
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it early."""
+        return self.finish.interrupted
+
 
 def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), tick: Tick | None = None) -> RunResult:
     """Run once and write ``results/<name>/<run id>/``. Raises SageError.

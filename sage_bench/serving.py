@@ -134,7 +134,7 @@ class Serving:
     tracer: Tracer | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     record: Path | None = None
-    on_note: Callable[[str], None] = lambda text: None
+    on_state: Callable[[str, str, str], None] = lambda engine, state, why: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +148,7 @@ class Served:
     counts: Mapping[str, int]
     replicas: Sequence[Mapping[str, Any]]
     policy: str
+    origin_ns: int  # CLOCK_MONOTONIC of instant 0
 
 
 def policy_names(config: RunConfig) -> list[str]:
@@ -170,9 +171,7 @@ async def gateway(config: RunConfig, serving: Serving) -> AsyncIterator[tuple[Ga
             slo=slo,
             health=serving.health,
             record=record,
-            on_state=lambda engine, state, why: serving.on_note(
-                f"engine {engine.name}: {state.value}{f' ({why})' if why else ''}"
-            ),
+            on_state=lambda engine, state, why: serving.on_state(engine.name, state.value, why),
         )
         made = Gateway(
             service,
@@ -202,6 +201,7 @@ async def gateway(config: RunConfig, serving: Serving) -> AsyncIterator[tuple[Ga
                     {name: getattr(counts, name) for name in counts.__dataclass_fields__},
                     [] if rows is None else rows.replicas(),
                     service.policy,
+                    driver.origin_ns,
                 )
             )
 

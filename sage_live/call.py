@@ -58,6 +58,7 @@ class Call:
         "dispatched_ns",
         "engine",
         "error",
+        "exact",
         "first_token_ns",
         "flow",
         "idle",
@@ -114,6 +115,8 @@ class Call:
         self.engine = ""
         self.idle = False
         """Whether the engine that it was last sent to had nothing else to do."""
+        self.exact: int | None = None
+        """Tokens of the prompt as its client counted them."""
         self.input_tokens = 0
         """As told to the plane: exact or estimated."""
         self.prompt_tokens = 0

@@ -22,7 +22,7 @@ from sage_live.driver import Post
 from sage_live.http.client import Exchange, Pool, UpstreamError
 from sage_live.wire import done_usage, number_after, with_field, without_usage
 
-JSON: Final = ((b"content-type", b"application/json"),)
+JSON: Final[tuple[tuple[bytes, bytes], ...]] = ((b"content-type", b"application/json"),)
 
 RETRYABLE: Final = frozenset({408, 429, 500, 502, 503, 504})
 """Answers that blame the engine or the moment, not the request."""
@@ -65,6 +65,15 @@ class EngineSpec:
         for key in ("tasks_max", "batch_tokens_max"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"engine {self.url}: {key}: expected 1 or more, got {getattr(self, key)}")
+
+
+def _headers(call: Call) -> tuple[tuple[bytes, bytes], ...]:
+    headers = JSON
+    if call.exact is not None:  # an emulated engine has no tokenizer: it takes the client's word
+        headers = (*headers, (b"x-sage-input-tokens", b"%d" % call.exact))
+    if call.traceparent is not None:
+        headers = (*headers, (b"traceparent", call.traceparent))
+    return headers
 
 
 class Pace:
@@ -180,8 +189,7 @@ class HttpEngine:
             body = with_field(body, b"priority", task.priority)
         flight = (_Stream if call.stream else _Whole)(self, task.task, call)
         self._fly(flight, task.task, call)
-        headers = JSON if call.traceparent is None else (*JSON, (b"traceparent", call.traceparent))
-        flight.exchange = self.pool.send("POST", call.path, headers, body, flight)
+        flight.exchange = self.pool.send("POST", call.path, _headers(call), body, flight)
 
     def _send_embeddings(self, command: Dispatch) -> None:
         """Tasks that can share a request do."""
@@ -199,25 +207,28 @@ class HttpEngine:
             flight = _Batch(self, {task: (self._calls[request_of(task)], parts) for task, parts in members})
             for task, _ in members:
                 self._fly(flight, task, self._calls[request_of(task)])
-            self._post_embedding(flight, put_together([parts for _, parts in members]))
+            calls = [self._calls[request_of(task)] for task, _ in members]
+            exact = None if any(call.exact is None for call in calls) else sum(call.exact or 0 for call in calls)
+            self._post_embedding(flight, put_together([parts for _, parts in members]), exact)
 
     def _send_whole(self, task: int) -> None:
         call = self._calls[request_of(task)]
         flight = _Whole(self, task, call)
         self._fly(flight, task, call)
-        self._post_embedding(flight, call.body)
+        self._post_embedding(flight, call.body, call.exact)
 
     def send_alone(self, task: int, call: Call) -> None:
         """An embedding task whose batch the engine refused."""
         flight = _Whole(self, task, call)
         flight.since = self.now()
         self.flights[task] = flight
-        self._post_embedding(flight, call.body)
+        self._post_embedding(flight, call.body, call.exact)
 
-    def _post_embedding(self, flight: _Whole | _Batch, body: bytes) -> None:
+    def _post_embedding(self, flight: _Whole | _Batch, body: bytes, exact: int | None) -> None:
         if self.spec.upstream_model:
             body = with_field(body, b"model", self.spec.upstream_model)
-        flight.exchange = self.pool.send("POST", self.adapter.embeddings, JSON, body, flight)
+        headers = JSON if exact is None else (*JSON, (b"x-sage-input-tokens", b"%d" % exact))
+        flight.exchange = self.pool.send("POST", self.adapter.embeddings, headers, body, flight)
 
     def _fly(self, flight: _Flight, task: int, call: Call) -> None:
         call.dispatched_ns = flight.since = self.now()

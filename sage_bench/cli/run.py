@@ -23,6 +23,7 @@ from rich.markup import escape
 
 from sage_bench.cli.leave import leave
 from sage_bench.config import override_hint
+from sage_bench.live import LiveResult, run_live
 from sage_bench.results.writer import output_error
 from sage_bench.run import RunResult, run
 from sage_core.errors import ConfigError, SageError
@@ -66,28 +67,50 @@ def _job(composed: DictConfig) -> None:
             counts = plane.counts
             status.update(f"{now / 1e9:,.0f} s simulated, {counts.arrived:,} requests, {plane.live:,} live")
 
+        result: RunResult | LiveResult
         try:
-            result = run(composed, overrides, tick if console.is_terminal else None)
+            if OmegaConf.select(composed, "driver.kind") == "live":
+                result = run_live(composed, overrides, status.update)
+            else:
+                result = run(composed, overrides, tick if console.is_terminal else None)
         except SageError as error:
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 raise  # at the end of the sweep, when Hydra says which overrides it was
             status.stop()
             leave(error)
-    _tell(result, console)
-    if result.finish.interrupted:
+    for warning in result.warnings:
+        _note(warning)
+    if isinstance(result, LiveResult):
+        for reason in result.summary.invalid:
+            _note(f"INVALID: {reason}; latencies of this run are the generator's as much as the system's")
+        _say(_live_line(result))
+    else:
+        _say(_line(result))
+    if result.interrupted:
         raise KeyboardInterrupt
 
 
-def _tell(result: RunResult, console: Console) -> None:
-    for warning in result.warnings:
-        _note(warning)
+def _line(result: RunResult) -> str:
     counts, finish = result.counts, result.finish
     state = "interrupted, partial" if finish.interrupted else "done"
-    line = (
+    return (
         f"{result.folder}: {state}; {counts.arrived:,} requests in {finish.now / 1e9:,.1f} simulated s, "
         f"{counts.responded:,} responded, {counts.rejected:,} rejected, {counts.cancelled:,} cancelled, "
         f"{counts.failed:,} failed; {finish.total_s:.2f} CPU s; digest {finish.digest.hex()}"
     )
+
+
+def _live_line(result: LiveResult) -> str:
+    counts, sent = result.told.counts, result.summary
+    state = "INVALID" if sent.invalid else "interrupted, partial" if result.interrupted else "done"
+    return (
+        f"{result.folder}: {state}; {sent.requests:,} requests at {sent.achieved_rate:,.1f} of {sent.requested_rate:,.1f} "
+        f"req/s, send lag p99 {sent.send_lag_ms_p99:.1f} ms; {counts['responded']:,} responded, {counts['rejected']:,} "
+        f"rejected, {counts['cancelled']:,} cancelled, {counts['failed']:,} failed; digest {result.told.digest}"
+    )
+
+
+def _say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError as error:  # nobody reads it, or there is no room for it: the results are on disk all the same

@@ -1,4 +1,8 @@
-"""``sage validate``: a measured run replayed through the simulator, and the errors of the simulation."""
+"""``sage validate``: a measured run replayed through the simulator, and the errors of the simulation.
+
+What was measured is either a run of ours (``RUN``: its folder says everything) or a file of requests that an engine
+served (``--measured``, with the engine's settings).
+"""
 
 from __future__ import annotations
 
@@ -30,12 +34,31 @@ from sage_core.errors import ConfigError, FidelityError
 
 
 def command(
+    context: typer.Context,
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="A live run's folder: results/<experiment>/<run id>; or --measured."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="With RUN: what its simulation should have otherwise, as in cluster.devices.0.llm.profile=mine.yaml.",
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN2", help="With RUN: a second live run of the same load; the noise between the two."),
+    ] = None,
     measured: Annotated[
-        Path, typer.Option(metavar="FILE", help="Measured requests, Parquet (docs/validate.md has the columns).")
-    ],
+        Path | None, typer.Option(metavar="FILE", help="Measured requests, Parquet (docs/validate.md has the columns).")
+    ] = None,
     profile: Annotated[
-        str, typer.Option(metavar="NAME", help="A shipped profile's name, or the path of a .yaml file.")
-    ],
+        str | None,
+        typer.Option(
+            metavar="NAME", help="With --measured: a shipped profile's name, or the path of a .yaml file; needed."
+        ),
+    ] = None,
     max_num_seqs: Annotated[
         int | None, typer.Option(metavar="N", help="Sequences in a batch; by default as the file says.")
     ] = None,
@@ -81,16 +104,32 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the files go; by default results/validate/<measured file's name>."),
+        typer.Option(
+            metavar="DIR", help="Where the files go; by default results/validate/<name of RUN or of the file>."
+        ),
     ] = None,
     figures: Annotated[bool, typer.Option(help="Draw the overlays too, as PDF and PNG.")] = True,
     fail_above: Annotated[
-        float | None, typer.Option(metavar="PCT", help="Exit with 9 if the mean E2E error is larger, either way.")
+        float | None,
+        typer.Option(
+            metavar="PCT",
+            help="Exit with 9 if the mean E2E error is larger, either way; with RUN, that of any kind of request.",
+        ),
     ] = None,
 ) -> None:
-    """Replay a measured run and report the errors: mean, p50, p95, p99 of TTFT, TPOT and E2E; load and KV usage over time."""
+    """Replay a measured run and report the errors: mean, p50, p95, p99 of TTFT, TPOT, E2E (and queue time, with RUN)."""
     if fail_above is not None and not fail_above >= 0:
         raise ConfigError(f"--fail-above: expected per cent from 0, got {fail_above}")
+    if run is not None:
+        _only_of_runs(context)
+        _of_run(run, overrides or [], against, out, figures, fail_above)
+        return
+    if measured is None:
+        raise ConfigError("RUN, --measured: expected a live run's folder, or a file of measured requests")
+    if against is not None:
+        raise ConfigError("--against: a second run is for RUN; a measured file has none")
+    if profile is None:
+        raise ConfigError("--profile: needed with --measured; `sage profile list` names those that are shipped")
     asked = Asked(
         profile=profile,
         max_num_seqs=max_num_seqs,
@@ -116,6 +155,42 @@ def command(
     error_pct = fidelity.latencies["e2e"].mean.error_pct
     if fail_above is not None and not (error_pct is not None and abs(error_pct) <= fail_above):
         raise FidelityError(f"mean E2E error is {error_pct:+.2f} %, more than the {fail_above:g} % of --fail-above")
+
+
+def _of_run(
+    run: Path, overrides: list[str], against: Path | None, out: Path | None, figures: bool, fail_above: float | None
+) -> None:
+    from sage_bench.cli.validate_run import show_run
+    from sage_bench.figures.run_fidelity import run_overlay
+    from sage_bench.validate import live
+
+    folder = out or Path("results/validate") / run.resolve().name
+    fidelity = live.validate_run(run, folder, overrides, against)
+    second = None if against is None else folder / live.AGAINST
+    drawn = []
+    for kind in fidelity.kinds if figures else ():
+        drawn += save(run_overlay(folder / live.REQUESTS, kind, second), folder / f"{live.FIGURE}{kind}")
+    show_run(fidelity, Console(highlight=False, width=WIDTH))
+    files = [live.FIDELITY, live.REQUESTS, *([] if second is None else [live.AGAINST]), *(path.name for path in drawn)]
+    print(f"{folder}: {', '.join(files)}")
+    for kind, latencies in fidelity.kinds.items():
+        error_pct = latencies["e2e"].mean.error_pct
+        if fail_above is not None and not (error_pct is not None and abs(error_pct) <= fail_above):
+            raise FidelityError(
+                f"mean E2E error of {kind} requests is {error_pct:+.2f} %, more than the {fail_above:g} % of --fail-above"
+            )
+
+
+def _only_of_runs(context: typer.Context) -> None:
+    """Refuse what only a measured file needs: a run says it itself."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and name not in ("run", "overrides", "against", "out", "figures", "fail_above"):
+            raise ConfigError(
+                f"{parameter.opts[0]}: is for --measured; RUN says it itself, and KEY=VALUE after it changes its simulation"
+            )
 
 
 def show(fidelity: Fidelity, console: Console) -> None:

@@ -288,7 +288,9 @@ class Gateway:
         wish = wishes(headers)
         call.tenant = key.tenant if key is not None else wish.tenant
         cap, choices = output
-        if cap is not None and choices > 1:
+        if wish.output_tokens_max is not None:
+            cap = wish.output_tokens_max
+        elif cap is not None:
             cap *= choices
         service = self.service
         if self._rates is not None:
@@ -297,9 +299,14 @@ class Gateway:
             wait_ns = self._rates.take(call.tenant, service.driver.now, tokens)
             if wait_ns:
                 raise errors.rate_limited(wait_ns / 1e9)
-        scheduled_at = None
-        if wish.scheduled_ns and service.config.trust_schedule:
-            scheduled_at = wish.scheduled_ns - service.driver.origin_ns
+        scheduled_at = number = None
+        request_id = headers.get(b"x-request-id")
+        if service.config.trust_schedule:
+            if wish.scheduled_ns:
+                scheduled_at = wish.scheduled_ns - service.driver.origin_ns
+            if request_id is not None and request_id.isdigit():
+                number = int(request_id)
+        call.exact = wish.input_tokens
         priority = wish.priority if key is None else max(wish.priority, key.priority_min)
         service.submit(
             call,
@@ -309,11 +316,12 @@ class Gateway:
             ttft_s=wish.ttft_s,
             e2e_s=wish.e2e_s,
             scheduled_at=scheduled_at,
+            number=number,
         )
         self.metrics.arrived(call.model, call.kind)
         answer = call.answer
         assert isinstance(answer, HttpAnswer)
-        answer.belongs_to(call, headers.get(b"x-request-id"))
+        answer.belongs_to(call, request_id)
         if self._tracer is not None:
             answer.span = self._tracer.begin(OPERATIONS[call.kind], call.model, call.arrived_ns, headers)
             call.traceparent = self._tracer.traceparent(answer.span)

@@ -13,9 +13,10 @@ PRIORITY: Final = b"x-sage-priority"
 TTFT: Final = b"x-sage-ttft-ms"
 E2E: Final = b"x-sage-e2e-ms"
 INPUT_TOKENS: Final = b"x-sage-input-tokens"
+OUTPUT_TOKENS: Final = b"x-sage-output-tokens-max"
 SCHEDULED: Final = b"x-sage-scheduled-ns"
 
-_ALL: Final = frozenset({TENANT, PRIORITY, TTFT, E2E, INPUT_TOKENS, SCHEDULED})
+_ALL: Final = frozenset({TENANT, PRIORITY, TTFT, E2E, INPUT_TOKENS, OUTPUT_TOKENS, SCHEDULED})
 _TENANT_BYTES_MAX: Final = 128
 _PRIORITY_MAX: Final = 1000
 _TOKENS_MAX: Final = 1 << 32
@@ -23,14 +24,16 @@ _TOKENS_MAX: Final = 1 << 32
 
 class Wishes(NamedTuple):
     """tenant: whom the request counts for, where no API key says so. priority: 0 is interactive, larger less urgent.
-    ttft_s, e2e_s: the client's own objectives. input_tokens: the prompt's length, counted by the client. scheduled_ns:
-    when the request was due on the machine's monotonic clock; honoured where the gateway was told to trust it."""
+    ttft_s, e2e_s: the client's own objectives. input_tokens: the prompt's length, counted by the client.
+    output_tokens_max: the cap to plan by, where ``max_tokens`` is not (a load generator that fixes lengths must not tell
+    them to the policy). scheduled_ns: when the request was due on the machine's monotonic clock; honoured where the gateway was told to trust it."""
 
     tenant: str = "default"
     priority: int = 0
     ttft_s: float | None = None
     e2e_s: float | None = None
     input_tokens: int | None = None
+    output_tokens_max: int | None = None
     scheduled_ns: int = 0
 
 
@@ -48,6 +51,7 @@ def wishes(headers: Mapping[bytes, bytes]) -> Wishes:
         None if (ttft := get(TTFT)) is None else _milliseconds(TTFT, ttft),
         None if (e2e := get(E2E)) is None else _milliseconds(E2E, e2e),
         None if (tokens := get(INPUT_TOKENS)) is None else _whole(INPUT_TOKENS, tokens, 0, _TOKENS_MAX),
+        None if (most := get(OUTPUT_TOKENS)) is None else _whole(OUTPUT_TOKENS, most, 1, _TOKENS_MAX),
         0 if (scheduled := get(SCHEDULED)) is None else _whole(SCHEDULED, scheduled, 0, 2**62),
     )
 

@@ -104,7 +104,7 @@ class Management:
                 tasks_max=wanted.tasks_max or (32 if wanted.kind == "embedding" else 256),
             )
             return _engine(self._service.add_engine(spec))
-        except ConfigError as error:
+        except (ConfigError, ValueError) as error:
             if "in service already" in str(error):
                 raise errors.conflict(str(error)) from None
             raise errors.bad_request(str(error)) from None

@@ -139,6 +139,8 @@ class Pair:
     def compare_counters(self) -> None:
         for name in COUNTERS:
             self.both(name)
+        self.both("boundary_at")
+        self.both("generated", [-1, *range(max(self.due | self.ends.keys(), default=0) + 1)])
         assert 0 <= self.native.kv_blocks_free <= self.kv_blocks
 
     def drain(self) -> None:

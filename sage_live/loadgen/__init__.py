@@ -1,0 +1,1 @@
+"""Open-loop load against an OpenAI-compatible server, measured from the instants at which it was scheduled."""

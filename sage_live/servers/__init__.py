@@ -1,0 +1,1 @@
+"""Engines as HTTP servers of our own: emulated ones, and one for embedding models. Both speak OpenAI's API."""
