@@ -21,7 +21,7 @@ DEMO ?= $(BIN)/sage run experiment=demo && $(BIN)/sage report results/demo
 PACKAGES := sage_core policies/sage_policies sage_sim sage_live sage_bench
 # Directories are listed too: their time changes when a file is deleted.
 NATIVE := $(shell find native)
-NATIVE_SOURCES := $(filter %.cpp %.hpp,$(NATIVE))
+NATIVE_SOURCES := $(filter %.cpp %.hpp,$(NATIVE)) $(wildcard benchmarks/http/*)
 EXAMPLES := $(sort $(shell find examples -name '*.py'))
 
 # Tools keep their caches in .sage/, which may be deleted at any time.
@@ -76,11 +76,17 @@ format: install  ## rewrite sources in the house style
 bench: install  ## decisions per CPU-second, and one simulation -> results/bench/core.json
 	$(BIN)/python benchmarks/core.py
 
-.PHONY: bench-fidelity bench-sim
+.PHONY: bench-fidelity bench-sim bench-gateway bench-loadgen bench-faults
 bench-fidelity: install  ## how true the simulated engine is to measurements -> results/bench/fidelity.json
 	$(BIN)/python benchmarks/fidelity.py
 bench-sim: install  ## simulated requests per CPU-second by scale, peak memory, jump speed-up -> results/bench/sim.json
 	$(BIN)/python benchmarks/sim.py
+bench-gateway: install  ## what the gateway adds, beside another router in the same run -> results/bench/gateway.json
+	$(BIN)/python benchmarks/gateway.py
+bench-loadgen: install  ## what the load generator can send, and what it costs -> results/bench/loadgen.json
+	$(BIN)/python benchmarks/loadgen.py
+bench-faults: install  ## engines killed, slow and hanging under load: who noticed, and when -> results/bench/faults.json
+	$(BIN)/python benchmarks/faults.py
 
 .PHONY: examples
 examples: install  ## run every example

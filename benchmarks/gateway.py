@@ -148,7 +148,7 @@ def ours_command(port: int, backend: int) -> list[str]:
     engine = f"http://127.0.0.1:{backend}"
     return [
         *(sage, "gateway", "start", "--port", str(port), "--engine", f"{engine},model={CHAT_MODEL}"),
-        *("--engine", f"{engine},model={EMBED_MODEL},kind=embedding"),
+        *("--engine", f"{engine},model={EMBED_MODEL},kind=embedding,name=embed"),
     ]
 
 
@@ -341,15 +341,16 @@ def measured(systems: Sequence[str], cells: Sequence[Cell], figures: dict[str, o
 
 def compared(figures: dict[str, object]) -> Table:
     """Our figures beside vllm_router's of the same run, and beside the targets."""
-    table = Table("", "ours", "vllm_router", "ratio", "target", "", title="targets", box=SIMPLE)
+    table = Table("", "ours", "vllm_router", "ratio", "at most", "", title="targets", box=SIMPLE)
     for name, most, ratio in TARGETS:
         ours, theirs = figures.get(f"ours_{name}", figures.get(name)), figures.get(f"vllm_router_{name}")
         times = ours / theirs if isinstance(ours, float) and isinstance(theirs, float) else None
-        limits = [f"at most {most:,.0f}"] * (most is not None) + [f"at most {ratio}x"] * (ratio is not None)
+        limits = [f"{most:.0f}"] if most is not None else []
+        limits += [f"{ratio}x"] if ratio is not None else []
         met = isinstance(ours, float) and (most is None or ours <= most)
         met = met and (ratio is None or (times is not None and times <= ratio))
         verdict = "met" if met else "MISSED"
-        table.add_row(name, text(ours), text(theirs), text(times, 2), ", ".join(limits), verdict)
+        table.add_row(name, text(ours), text(theirs), text(times, 2), " and ".join(limits), verdict)
     return table
 
 

@@ -37,12 +37,6 @@ class IllegalEvent(SageError, RuntimeError):
     exit_code = 5
 
 
-class EngineError(SageError, ConnectionError):
-    """A real engine cannot be started or reached, or does not answer as it should."""
-
-    exit_code = 5
-
-
 class InvariantViolation(SageError, AssertionError):
     """The core broke one of its numbered invariants (INVARIANTS.md): a defect of ours."""
 
@@ -65,3 +59,9 @@ class FidelityError(SageError, ValueError):
     """A simulation is further from the measured run than the user allows."""
 
     exit_code = 9
+
+
+class EngineError(SageError, ConnectionError):
+    """A real engine, or a gateway, cannot be started or reached, or does not answer as it should."""
+
+    exit_code = 10

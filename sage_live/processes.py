@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from sage_core.errors import ConfigError, SageError
+from sage_core.errors import ConfigError, EngineError
 from sage_core.paths import user_paths
 from sage_live import guard
 
@@ -28,12 +28,6 @@ STOP_GRACE_S: Final = 10.0
 
 _POLL_S = 0.05
 _TAIL_LINES = 20
-
-
-class EngineError(SageError):
-    """An engine did not come up, or ended before it was asked to."""
-
-    exit_code = 5
 
 
 class EngineProcess:

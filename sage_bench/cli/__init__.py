@@ -44,19 +44,14 @@ def _end(number: int, frame: object) -> None:
 
 
 def command() -> typer.Typer:
-    """All commands; only ``sage doctor`` where the installation is broken, because it says what to do."""
+    """The command that is asked for, or all; ``sage doctor`` needs little and says what to do about a broken installation."""
     try:
-        from sage_bench.cli.app import app
+        from sage_bench.cli.app import app_of
 
+        app = app_of(sys.argv[1] if len(sys.argv) > 1 else None)
         if sys.argv[1:2] == ["run"]:
             import sage_bench.loads  # noqa: F401  # what every run will ask for by name
     except ImportError as error:
-        if sys.argv[1:2] != ["doctor"]:
-            print(f"sage: the installation is broken ({error}); `sage doctor` says what to do", file=sys.stderr)
-            sys.exit(1)
-        from sage_bench.cli.doctor import doctor
-
-        app = typer.Typer()
-        app.callback()(lambda: None)
-        app.command("doctor")(doctor)
+        print(f"sage: the installation is broken ({error}); `sage doctor` says what to do", file=sys.stderr)
+        sys.exit(1)
     return app

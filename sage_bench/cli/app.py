@@ -1,28 +1,59 @@
-"""The ``sage`` command: one Typer app; each command is a module beside this one."""
+"""The ``sage`` command: one Typer app; each command is a module beside this one, imported when it is asked for.
+
+What plots imports Matplotlib and what tests imports SciPy, a second or more of CPU: an engine or a gateway that starts
+must not wait for either.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
 import typer
 
-from sage_bench.cli import doctor, embed, gateway, llm, policy, profile, replay, report, run, trace, validate, whatif
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Simulate and measure control planes for LLM and embedding serving.",
-    epilog="Exit codes: 0 done, 2 configuration, 3 data file, 4 policy, 5 backend, 6 our defect, 7 replay diverged, "
-    "8 output cannot be written, 9 not as true to a measured run as asked, 130 interrupted.",
+HELP: Final = "Simulate and measure control planes for LLM and embedding serving."
+EPILOG: Final = (
+    "Exit codes: 0 done, 2 configuration, 3 data file, 4 policy, 5 backend, 6 our defect, 7 replay diverged, "
+    "8 output cannot be written, 9 not as true to a measured run as asked, 10 engine not reachable, 130 interrupted."
 )
-app.command("run", context_settings=run.CONTEXT, add_help_option=False)(run.command)
-app.command("report")(report.command)
-app.command("replay")(replay.command)
-app.command("validate")(validate.command)
-app.command("whatif")(whatif.command)
-app.command("doctor")(doctor.doctor)
-app.add_typer(gateway.app, name="gateway", help="Serve the OpenAI API from engines, the control plane in between.")
-app.add_typer(trace.app, name="trace", help="Import, inspect and synthesise traces.")
-app.add_typer(profile.app, name="profile", help="Calibrated profiles: list and show.")
-app.add_typer(llm.app, name="llm", help="LLM engines: serve one, real or emulated.")
-app.add_typer(embed.app, name="embed", help="Embedding engines: serve one.")
-app.add_typer(policy.app, name="policy", help="Policies: list and show.")
+
+
+def _single(app: typer.Typer, name: str, module: Any) -> None:
+    app.command(name)(module.command)
+
+
+def _run(app: typer.Typer, name: str, module: Any) -> None:
+    app.command(name, context_settings=module.CONTEXT, add_help_option=False)(module.command)
+
+
+def _group(help_: str) -> Callable[[typer.Typer, str, Any], None]:
+    return lambda app, name, module: app.add_typer(module.app, name=name, help=help_)
+
+
+COMMANDS: Final[Mapping[str, Callable[[typer.Typer, str, Any], None]]] = {
+    "run": _run,
+    "report": _single,
+    "replay": _single,
+    "validate": _single,
+    "whatif": _single,
+    "doctor": _single,
+    "gateway": _group("Serve the OpenAI API from engines, the control plane in between."),
+    "llm": _group("LLM engines: serve one, real or emulated."),
+    "embed": _group("Embedding engines: serve one."),
+    "trace": _group("Import, inspect and synthesise traces."),
+    "profile": _group("Calibrated profiles: list and show."),
+    "policy": _group("Policies: list and show."),
+}
+"""Name, which is that of the module, and how it is added."""
+
+
+def app_of(asked: str | None) -> typer.Typer:
+    """The app with the command ``asked``; with all of them where that is none."""
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP, epilog=EPILOG
+    )
+    app.callback()(lambda: None)  # with a single command Typer would take its name for an argument
+    for name in [asked] if asked is not None and asked in COMMANDS else COMMANDS:
+        COMMANDS[name](app, name, importlib.import_module(f"sage_bench.cli.{name}"))
+    return app

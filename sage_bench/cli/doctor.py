@@ -16,7 +16,7 @@ from sage_bench.doctor import SHARED_TRACES, Check, Status, examine, healthy
 _COLOURS = {Status.OK: "green", Status.MISSING: "bold red", Status.OPTIONAL: "yellow"}
 
 
-def doctor(
+def command(
     results: Annotated[Path, typer.Option(help="Where runs would write.")] = Path("results"),
     traces: Annotated[Path, typer.Option(help="Where recorded traces would be.")] = SHARED_TRACES,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,

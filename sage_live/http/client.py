@@ -81,7 +81,7 @@ class Sink(Protocol):
 class Exchange:
     """A request that was sent or waits for a connection, and its answer."""
 
-    __slots__ = ("_connection", "_paused", "_pool", "data", "over", "received", "sent", "since", "sink", "twice")
+    __slots__ = ("_connection", "_paused", "_pool", "data", "last", "over", "received", "sent", "since", "sink")
 
     def __init__(self, pool: Pool, data: bytes, sink: Sink) -> None:
         self._pool = pool
@@ -94,10 +94,10 @@ class Exchange:
         """Whether any byte of the request may have left."""
         self.received = False
         """Whether any byte of the answer came."""
-        self.twice = False
-        """Whether the request was sent again."""
         self.since = 0
         """Tick of the pool at which it was sent."""
+        self.last = False
+        """Within ``on_body``: whether that is the last piece, so that it can be passed on together with the end."""
         self.over = False
 
     def abort(self) -> None:
@@ -271,8 +271,7 @@ class Pool:
             self._open_one()
 
     def again(self, exchange: Exchange) -> None:
-        """The connection was stale: a fresh one, and before all who wait."""
-        exchange.twice = True
+        """The connection was stale: once more on one that did not lie idle, and before all who wait."""
         self._waiting.appendleft(exchange)
         self._open_one()
 
@@ -443,7 +442,7 @@ class _Connection(asyncio.Protocol):
                 exchange.sink.on_end()
             else:
                 exchange.fail(Reason.CLOSED, f"{self._name} closed the connection in the middle of its answer")
-        elif self._reused and not exchange.twice and self._pool.tick - exchange.since <= _STALE_S:
+        elif self._reused and self._pool.tick - exchange.since <= _STALE_S:
             self._pool.again(exchange)
         else:
             exchange.fail(Reason.CLOSED, f"{self._name} closed the connection without an answer")
@@ -471,6 +470,7 @@ class _Connection(asyncio.Protocol):
         if pieces:
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.clear()
+            exchange.last = self._complete
             sink.on_body(body)
             if self._exchange is not exchange:
                 return

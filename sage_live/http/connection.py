@@ -235,7 +235,6 @@ class ServerConnection(asyncio.Protocol):
         self._phase = _BETWEEN
         self._body_bytes = 0
         self._continue = False
-        self._deaf = not self._keep_alive
         method = _METHODS.get(raw := parser.get_method()) or raw.decode()
         self._queue.append(
             Request(self, method, target[0], target[1], self._head, content, self._peer, self._keep_alive, self._http10)
@@ -265,8 +264,6 @@ class ServerConnection(asyncio.Protocol):
         return target
 
     def _unparsable(self, error: httptools.HttpParserError) -> None:
-        if self._deaf:  # what came after a last request
-            return
         if isinstance(error, httptools.HttpParserCallbackError):
             if not isinstance(error.__context__, _Refused):
                 raise error
@@ -319,9 +316,7 @@ class ServerConnection(asyncio.Protocol):
     # --- handing over and answering -------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        if self._busy:  # an answer within the handler; the loop below goes on
-            return
-        self._busy = True
+        self._busy = True  # an answer within the handler leaves the next request to the loop below
         queue, handler = self._queue, self._server.handler
         while queue and self._current is None:
             item = queue.popleft()

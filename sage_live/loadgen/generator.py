@@ -243,7 +243,7 @@ class LoadGenerator:
         now = time.monotonic_ns()
         waited_ns, idle_ns = seconds(self._options.timeout_s), seconds(self._options.idle_s)
         for connection in [c for c in self._busy if 0 <= c.sent_ns < now - waited_ns]:
-            pass
+            connection.give_up(Error.TIMEOUT)
         while self._idle and self._idle[0].idle_ns < now - idle_ns:  # the longest idle stand first
             connection = self._idle.pop(0)
             if connection.transport is not None:

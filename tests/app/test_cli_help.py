@@ -87,14 +87,14 @@ def test_a_wrong_command_or_option_says_so(sage: Sage) -> None:
 def test_exit_codes_are_documented_and_distinct(sage: Sage) -> None:
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.SageError)]
     codes = {c.__name__: c.exit_code for c in classes if c is not errors.SageError}
-    assert len(set(codes.values())) == len(codes) == 8
+    assert len(set(codes.values())) == len(codes) == 9
     text = plain(sage("--help").out)
     documented = dict(re.findall(r"(\d+) ([a-z][a-z ]*)", text[text.index("Exit codes:") :]))
     assert {int(code) for code in documented} == {0, 130, *codes.values()}
     words = {
         "ConfigError": "configuration", "DataError": "data file", "PolicyError": "policy", "IllegalEvent": "backend",
         "InvariantViolation": "our defect", "ReplayDivergence": "replay diverged",
-        "OutputError": "output cannot be written", "FidelityError": "not as true to a measured run as asked",
+        "OutputError": "output cannot be written", "FidelityError": "not as true to a measured run as asked", "EngineError": "engine not reachable",
     }  # fmt: skip
     assert {name: documented[str(code)].strip() for name, code in codes.items()} == words
 

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from sage_bench import doctor
-from sage_bench.cli.doctor import doctor as command
+from sage_bench.cli.doctor import command
 from sage_bench.doctor import Check, Status
 
 app = typer.Typer()

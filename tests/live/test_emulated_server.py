@@ -158,10 +158,7 @@ def test_a_chat_is_answered_as_long_as_asked_and_the_same_each_time() -> None:
 def test_a_stream_says_what_the_whole_answer_says() -> None:
     async def main() -> None:
         async with engine() as server:
-            for path, body, text in (
-                (CHAT, chat(), lambda choice: choice["delta"]["content"]),
-                ("/v1/completions", {"prompt": [5, 6, 7]}, lambda choice: choice["text"]),
-            ):
+            for path, body in ((CHAT, chat()), ("/v1/completions", {"prompt": [5, 6, 7]})):
                 _, whole = await asked(server, path, body)
                 options = {"stream": True, "stream_options": {"include_usage": True}}
                 reader, writer = await opened(server, path, {**body, **options})
@@ -174,7 +171,8 @@ def test_a_stream_says_what_the_whole_answer_says() -> None:
                 assert done is None
                 assert usage["choices"] == []
                 assert usage["usage"] == whole["usage"]
-                said = "".join(text(piece["choices"][0]) for piece in pieces)
+                choices = [piece["choices"][0] for piece in pieces]
+                said = "".join(each["delta"]["content"] if path == CHAT else each["text"] for each in choices)
                 (choice,) = whole["choices"]
                 assert said == (choice["message"]["content"] if path == CHAT else choice["text"])
                 assert [piece["choices"][0]["finish_reason"] for piece in pieces[:-1]] == [None] * (len(pieces) - 1)

@@ -293,6 +293,32 @@ def test_a_stream_comes_piece_by_piece(run: Run) -> None:
     run(main())
 
 
+def test_the_last_piece_is_known_where_its_read_brings_the_end(run: Run) -> None:
+    class Lasts(Answer):
+        exchange: Exchange
+
+        def on_body(self, data: bytes) -> None:
+            super().on_body(data)
+            lasts.append(self.exchange.last)
+
+    lasts: list[bool] = []
+    asked: list[Request] = []
+
+    async def main() -> None:
+        async with serving(asked.append) as server, pool_to(server.port) as pool:
+            answer = Lasts()
+            answer.exchange = pool.send("GET", "/", (), b"", answer)
+            await until(lambda: bool(asked))
+            asked[0].start(200)
+            asked[0].write(b"first")
+            await until(lambda: lasts == [False])
+            asked[0].end(b"last")
+            assert (await answer.whole()).pieces == [b"first", b"last"]
+            assert lasts == [False, True]
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -407,6 +433,18 @@ def test_a_connection_that_speaks_unasked_is_not_used(run: Run) -> None:
             assert pool.idle == 0
             assert (await get(pool).whole()).status == 200
             assert [number for number, _ in peer.requests] == [0, 1]
+
+    run(main())
+
+
+def test_a_connection_whose_end_was_seen_is_not_used(run: Run) -> None:
+    async def main() -> None:
+        async with serving(echo) as server, pool_to(server.port) as pool:
+            await get(pool).whole()
+            connection = next(iter(pool._open))
+            connection.eof_received()
+            assert pool.idle == 0
+            connection.transport.close()  # as the loop does after this call
 
     run(main())
 
@@ -689,6 +727,25 @@ def test_a_paused_answer_stops_the_peer(run: Run) -> None:
     run(main())
 
 
+def test_a_pause_does_not_outlive_its_answer(run: Run) -> None:
+    class Paused(Answer):
+        exchange: Exchange
+
+        def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
+            super().on_head(status, headers)
+            self.exchange.pause()
+
+    async def main() -> None:
+        async with serving(echo) as server, pool_to(server.port) as pool:
+            answer = Paused()
+            answer.exchange = pool.send("GET", "/", (), b"", answer)
+            await answer.whole()
+            assert (await get(pool).whole()).ended
+            assert pool.connections == 1
+
+    run(main())
+
+
 def test_a_request_paused_before_it_has_a_connection_and_after_its_end(run: Run) -> None:
     async def main() -> None:
         async with serving(echo) as server, pool_to(server.port) as pool:
@@ -800,7 +857,7 @@ def test_the_host_header(url: str, host: bytes) -> None:
 def test_tls(run: Run, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(
-        f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2"
+        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout {key} -out {certificate} -days 2"
         " -subj /CN=localhost -addext subjectAltName=DNS:localhost".split(),
         check=True,
         capture_output=True,

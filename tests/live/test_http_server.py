@@ -225,7 +225,7 @@ def test_a_stream_is_chunked_and_the_connection_goes_on(run: Run) -> None:
         def step() -> None:
             piece = next(pieces, None)
             if piece is None:
-                request.end()
+                request.end(b"end" if request.path == "/last" else b"")
             else:
                 request.write(piece)
                 loop.call_soon(step)
@@ -234,10 +234,10 @@ def test_a_stream_is_chunked_and_the_connection_goes_on(run: Run) -> None:
 
     async def main() -> None:
         async with serving(handler) as server, client(server) as c:
-            for path in ("/now", "/later", "/now"):
+            for path in ("/now", "/later", "/last", "/now"):
                 c.send(get(path))
                 status, headers, body = await c.answer()
-                assert (status, body) == (200, b"one" + b"x" * 5000 + b"three")
+                assert (status, body) == (200, b"one" + b"x" * 5000 + b"three" + b"end" * (path == "/last"))
                 assert headers[b"content-type"] == b"text/event-stream"
                 assert headers[b"x-a"] == b"b"
 
@@ -267,7 +267,7 @@ def test_head_and_no_content_have_no_body(run: Run) -> None:
         if request.path == "/stream":
             request.start(200)
             request.write(b"something")
-            request.end()
+            request.end(b"more")
         else:
             request.respond(204 if request.path == "/none" else 200, b"something")
 
@@ -294,8 +294,7 @@ def test_http_1_0(run: Run) -> None:
         if request.path == "/stream":
             request.start(200)
             request.write(b"one")
-            request.write(b"two")
-            request.end()
+            request.end(b"two")
         else:
             request.respond(200, b"all")
 
@@ -659,7 +658,13 @@ def test_time_outs() -> None:
                 await asyncio.sleep(0.3)
 
     async def waits(server: HttpServer) -> None:
-        assert (await once(server, get("/takes-long")))[2] == b"at last"
+        async with client(server) as c:
+            c.send(get("/takes-long"))
+            assert (await c.answer())[2] == b"at last"
+            tick = server.tick
+            await until(lambda: server.tick > tick)
+            c.send(get())  # idle began with the answer, not with the request
+            assert (await c.answer())[0] == 200
 
     async def main() -> None:
         limits = Limits(head_s=1, body_s=1, body_bytes_per_s_min=1000, idle_s=1, stalled_s=1, linger_s=1)
@@ -767,6 +772,27 @@ def test_a_slow_reader_is_told_to_the_handler(run: Run) -> None:
             streaming[0].write(b"end")
             streaming[0].end()
             assert len((await answer)[2]) == sum(request_bytes) + 3
+
+    run(main())
+
+
+def test_a_stream_that_begins_behind_unread_answers_is_told_to_wait(run: Run) -> None:
+    flow: list[bool] = []
+
+    def handler(request: Request) -> None:
+        if request.path == "/big":
+            request.respond(200, b"x" * 16_000_000)
+        else:
+            request.on_writable = flow.append
+            request.start(200)
+            request.end()
+
+    async def main() -> None:
+        async with serving(handler) as server, client(server) as c:
+            c.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            c.send(get("/big") + get("/stream"))
+            await until(lambda: bool(flow))
+            assert flow == [False]
 
     run(main())
 

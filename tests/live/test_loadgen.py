@@ -168,7 +168,7 @@ def run(load: object, handler: Handler = proper, stop_when: Callable[[Server], b
     """Generate ``load`` against a server in the same loop: what was measured, its columns by name, the server."""
 
     async def go() -> tuple[Measured, Server]:
-        async with serving(handler) as server:
+        async with serving(handler) as server, asyncio.timeout(60):
             stop = asyncio.Event()
             running = asyncio.ensure_future(generate(load, options(server.url, **fields), stop=stop))  # type: ignore[arg-type]
             if stop_when is not None:

@@ -20,7 +20,8 @@ from sage_core.slo import Slo, SloTable
 from sage_core.units import SECOND, RequestKind
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-NAMES = sorted(path.stem for path in (CONF / "load").glob("*.yaml"))
+ASIDE = ("recorded", "clients")  # needs a run (tests/loads/test_recorded.py); has no requests of its own
+NAMES = sorted(path.stem for path in (CONF / "load").glob("*.yaml") if path.stem not in ASIDE)
 CLASSES = sorted(path.stem for path in (CONF / "load" / "classes").glob("*.yaml"))
 SLO = SloTable({"chat": Slo(ttft_s=1.0), "embedding": Slo(e2e_s=0.5)})
 
