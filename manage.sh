@@ -4,6 +4,7 @@
 #   ./manage.sh install     virtual environment, package, developer tools
 #   ./manage.sh demo        the policy comparison of the README
 #   ./manage.sh test        lint and tests
+#   ./manage.sh install-live  real engines for a machine without a GPU
 #   ./manage.sh test-live   tests against real engines
 #   ./manage.sh quality     lint only: ruff, mypy, import-linter, clang-format
 #   ./manage.sh format      rewrite sources in the house style
@@ -19,7 +20,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 task="${1-help}"
 [ $# -eq 0 ] || shift
 case "$task" in
-  install | demo | test | test-live | format | examples | docs | bench | clean) exec make "$task" "$@" ;;
+  install | install-live | demo | test | test-live | format | examples | docs | bench | clean) exec make "$task" "$@" ;;
   quality) exec make --keep-going lint "$@" ;;
   doctor) make install && exec "${VENV:-.venv}/bin/sage" doctor "$@" ;;
   hooks) make install && exec "${VENV:-.venv}/bin/pre-commit" install "$@" ;;

@@ -21,7 +21,7 @@ from sage_core.errors import ConfigError, SageError
 from sage_core.load import Contents, Load
 from sage_core.native_plane import Plane
 from sage_core.pipeline import Pipeline, single_request_pipelines
-from sage_core.policy import Policy
+from sage_core.policy import Policy, native_twin
 from sage_core.rng import Streams
 from sage_core.slo import SloTable
 from sage_core.stepper import ColumnRecorder, Recorder
@@ -180,6 +180,8 @@ def make_policy(config: RunConfig) -> Policy:
         raise ConfigError(
             f"policy._target_: {node.get('_target_')} must return a sage_core.policy.Policy, got {type(policy).__name__}"
         )
+    for part in (policy.order, policy.route, policy.limit, policy.predict):
+        native_twin(part)  # the native side looks at types: asked here, before anything is written
     return policy
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sage_core.errors import PolicyError
+from sage_core.errors import ConfigError, PolicyError
 from sage_core.units import Nanos, PoolKind
 
 Scores: TypeAlias = NDArray[np.float64]
@@ -225,6 +225,13 @@ _PACKAGE: Final = __file__.rpartition("policy")[0]
 
 
 def native_twin(part: object) -> Any:
-    """The native implementation of a policy part, or the part itself where it has none."""
+    """The native implementation of a policy part, or the part itself where it has none. ConfigError for a parameter of
+    the wrong type, which only the native side looks at."""
     make = getattr(part, "native", None)
-    return part if make is None else make()
+    try:
+        return part if make is None else make()
+    except TypeError as error:
+        given = str(error).rpartition("Invoked with: ")[2].removeprefix("kwargs: ")
+        raise ConfigError(
+            f"policy: {type(part).__name__}: a parameter has the wrong type (true or false, or a number); given: {given}"
+        ) from error

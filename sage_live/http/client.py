@@ -14,14 +14,16 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from enum import StrEnum
-from typing import Protocol, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
 
-from sage_core.errors import ConfigError, SageError
+from sage_core.errors import ConfigError
+from sage_live.http.exchange import Exchange, Reason, Sink, UpstreamError
 from sage_live.http.wire import Headers, header_lines
+
+__all__ = ["Exchange", "Pool", "Reason", "Sink", "UpstreamError"]
 
 _STALE_S = 1
 """Ticks within which a connection that the peer had closed shows it. A request that was underway longer was lost by the
@@ -29,113 +31,6 @@ peer, not by the connection, and may have had its effect."""
 
 _LINES_MAX = 256
 """Request lines of an endpoint that are remembered."""
-
-
-class Reason(StrEnum):
-    """Why there is no whole answer."""
-
-    CONNECT = "connect"
-    """No connection: refused, unreachable, timed out, or TLS failed."""
-    CLOSED = "closed"
-    """The peer closed the connection before the end of its answer."""
-    TIMEOUT = "timeout"
-    """No head of an answer within ``head_s``."""
-    MALFORMED = "malformed"
-    """What came is not HTTP."""
-    SHUTDOWN = "shutdown"
-    """The pool was closed."""
-
-
-class UpstreamError(SageError, ConnectionError):
-    """There is no whole answer.
-
-    Attributes:
-        reason: why.
-        sent: whether any byte of the request may have left; if not, the peer knows nothing of it.
-        received: whether any byte of an answer came.
-    """
-
-    def __init__(self, reason: Reason, detail: str, sent: bool, received: bool) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.sent = sent
-        self.received = received
-
-
-class Sink(Protocol):
-    """Is told of an answer: head, any number of pieces of the body, then end; or at any point an error, the last
-    call. All calls are made in the event loop's thread; none after :meth:`Exchange.abort`, and none within
-    :meth:`Pool.send`."""
-
-    def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
-        """Header names are in lower case."""
-
-    def on_body(self, data: bytes) -> None:
-        """All of the body that one read of the socket brought."""
-
-    def on_end(self) -> None: ...
-
-    def on_error(self, error: UpstreamError) -> None: ...
-
-
-class Exchange:
-    """A request that was sent or waits for a connection, and its answer."""
-
-    __slots__ = ("_connection", "_paused", "_pool", "data", "last", "over", "received", "sent", "since", "sink")
-
-    def __init__(self, pool: Pool, data: bytes, sink: Sink) -> None:
-        self._pool = pool
-        self._connection: _Connection | None = None
-        self._paused = False
-        self.data = data
-        """The request, as bytes."""
-        self.sink = sink
-        self.sent = False
-        """Whether any byte of the request may have left."""
-        self.received = False
-        """Whether any byte of the answer came."""
-        self.since = 0
-        """Tick of the pool at which it was sent."""
-        self.last = False
-        """Within ``on_body``: whether that is the last piece, so that it can be passed on together with the end."""
-        self.over = False
-
-    def abort(self) -> None:
-        """Forget it. The connection is cut, which the peer sees as a client that went away."""
-        if not self.over:
-            self.over = True
-            connection, self._connection = self._connection, None
-            if connection is not None:
-                connection.cut()
-
-    def pause(self) -> None:
-        """Read no more of the answer until :meth:`resume`; the peer will be unable to write."""
-        if not self._paused:
-            self._paused = True
-            if self._connection is not None:
-                self._connection.transport.pause_reading()
-
-    def resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            if self._connection is not None:
-                self._connection.transport.resume_reading()
-
-    # --- for the pool ---------------------------------------------------------------------------------------------
-
-    def on(self, connection: _Connection | None) -> None:
-        """Carried by a connection, or by none any more."""
-        if self._paused:
-            if self._connection is not None and not self._connection.transport.is_closing():
-                self._connection.transport.resume_reading()
-            if connection is not None:
-                connection.transport.pause_reading()
-        self._connection = connection
-
-    def fail(self, reason: Reason, detail: str) -> None:
-        if not self.over:
-            self.over = True
-            self.sink.on_error(UpstreamError(reason, detail, self.sent, self.received))
 
 
 class Pool:
@@ -180,8 +75,8 @@ class Pool:
             host = f"{host}:{self.port}"
         self._common = header_lines([(b"host", host.encode()), *headers])
         self._lines: dict[tuple[str, str], bytes] = {}
-        self._open: dict[_Connection, None] = {}
-        self._idle: list[_Connection] = []
+        self._open: dict[ClientConnection, None] = {}
+        self._idle: list[ClientConnection] = []
         self._waiting: deque[Exchange] = deque()
         self._connecting: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -222,7 +117,7 @@ class Pool:
             data = b"%bcontent-length: %d\r\n\r\n%b" % (line, len(body), body)
         else:
             data = line + b"\r\n"
-        exchange = Exchange(self, data, sink)
+        exchange = Exchange(data, sink)
         if self._idle:
             self._idle.pop().carry(exchange, True)
         elif self._closed:
@@ -248,7 +143,7 @@ class Pool:
 
     # --- for the connections --------------------------------------------------------------------------------------
 
-    def release(self, connection: _Connection) -> None:
+    def release(self, connection: ClientConnection) -> None:
         """An answer was read to the end, and the connection can carry another."""
         waiting = self._waiting
         while waiting:
@@ -259,12 +154,12 @@ class Pool:
         connection.since = self.tick
         self._idle.append(connection)
 
-    def retire(self, connection: _Connection) -> None:
+    def retire(self, connection: ClientConnection) -> None:
         """It cannot carry another."""
         if connection in self._idle:
             self._idle.remove(connection)
 
-    def lost(self, connection: _Connection) -> None:
+    def lost(self, connection: ClientConnection) -> None:
         self.retire(connection)
         del self._open[connection]
         if len(self._waiting) > len(self._connecting):
@@ -305,7 +200,7 @@ class Pool:
         try:
             async with asyncio.timeout(self._connect_s):
                 _, connection = await self._loop.create_connection(
-                    lambda: _Connection(self), self.host, self.port, ssl=self._tls
+                    lambda: ClientConnection(self), self.host, self.port, ssl=self._tls
                 )
         except TimeoutError:
             self._no_connection(f"{self._name} did not accept a connection within {self._connect_s:g} s")
@@ -331,7 +226,7 @@ class Pool:
         for exchange in waiting:
             exchange.fail(reason, detail)
 
-    def made(self, connection: _Connection) -> None:
+    def made(self, connection: ClientConnection) -> None:
         self._open[connection] = None
 
     def _sweep(self) -> None:
@@ -359,7 +254,9 @@ def _endpoint(url: str) -> tuple[bool, str, int, str]:
     return secure, host, port or _PORTS[secure], parts.path.rstrip("/")
 
 
-class _Connection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
+    """One connection to the endpoint, with at most one exchange on it."""
+
     __slots__ = (
         "_complete",
         "_exchange",

@@ -47,7 +47,8 @@ WRONG_VALUES = [
     # choices that do not exist
     ("policy=fifoo", "Could not find 'policy/fifoo'.*fifo.*hybrid.*slo_aware"),
     ("experiment=nope", "Could not find 'experiment/nope'.*mixed.*policy_comparison"),
-    ("driver=live", "Could not find 'driver/live'.*sim"),
+    ("driver=ray", "Could not find 'driver/ray'.*live.*sim"),
+    ("driver.engines=[]", "config: unknown key"),
     ("policy._target_=sage_policies.presets.fifoo", "sage_policies.presets has no 'fifoo'"),
     ("policy._target_=null", "policy: None cannot be made"),
     ("slo._target_=builtins.dict", "slo._target_: expected sage_core.slo.SloTable, got dict"),
@@ -57,6 +58,7 @@ WRONG_VALUES = [
     ("policy=user", "Missing mandatory value: _target_"),
     # wrong types and values
     ("seed=abc", "config: seed: expected `int`, got 'abc'"),
+    ("policy.laxity=maybe", "policy: HybridOrder: a parameter has the wrong type.*laxity='maybe'"),
     ("seed=1.5", "config: seed: expected `int`, got 1.5"),
     ("seed=-1", "config: seed: expected `int` >= 0, got -1"),
     ("seed=1,2", "Ambiguous value for argument 'seed=1,2'.*--multirun"),
