@@ -122,7 +122,7 @@ def measured(name: str, port: int, seconds: float) -> dict[str, Any]:
     lengths = {} if embeds else {"output_tokens": Fixed(CHUNKS), "output_tokens_max": CHUNKS}
     of = RequestClass(scenario.kind, 1.0, input_tokens=Fixed(INPUT_TOKENS), **lengths)  # type: ignore[arg-type]
     requests = round(min(scenario.rate, 10_000.0) * seconds)
-    load = OpenLoop(scenario.rate, {"all": of}, requests=requests, streams=Streams(1), slo=SloTable())
+    load = OpenLoop(scenario.rate, {"all": of}, requests=requests, streams=Streams(2), slo=SloTable())
     model = Model("fake", estimated(seed=1))
     options = Options(f"http://127.0.0.1:{port}", {of.pipeline: model}, stream=scenario.streamed)
     told = summary(uvloop.run(generate(load, options)), fixed_lengths=False)

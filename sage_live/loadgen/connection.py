@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         self.status = self._parser.get_status_code()
 
     def on_message_complete(self) -> None:
-        if True:  # else it was an interim answer
+        if self.status >= HTTP_OK:  # else it was an interim answer
             self._complete = True
             self.reusable = self._parser.should_keep_alive()
 

@@ -63,7 +63,7 @@ async def run_processes(
                 _stdin(worker).close()  # stops it, if it has not ended
             for worker in workers:
                 await worker.wait()
-        return _joined(folder, start, reports)
+        return joined(folder, start, reports)
 
 
 async def _worker(folder: Path, rest: int, of: int) -> asyncio.subprocess.Process:
@@ -96,7 +96,7 @@ def _stdin(worker: asyncio.subprocess.Process) -> asyncio.StreamWriter:
     return worker.stdin
 
 
-def _joined(folder: Path, start_ns: int, reports: list[dict[str, Any]]) -> Measured:
+def joined(folder: Path, start_ns: int, reports: list[dict[str, Any]]) -> Measured:
     """The rows of all processes in order of request."""
     parts = [np.load(folder / rows_file(rest)) for rest in range(len(reports))]
     rows = np.concatenate([part["rows"] for part in parts])

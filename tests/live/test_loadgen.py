@@ -31,10 +31,11 @@ from sage_live.loadgen.encode import Share
 from sage_live.loadgen.generator import Effort, LoadGenerator, Measured, generate
 from sage_live.loadgen.options import Model, Options
 from sage_live.loadgen.overhead import measure_overhead
-from sage_live.loadgen.processes import run_processes
+from sage_live.loadgen.processes import joined, run_processes
 from sage_live.loadgen.prompts import Prompts, estimated
 from sage_live.loadgen.schema import CLIENT, FIELDS, Error, client_table, write_client
 from sage_live.loadgen.summary import summary
+from sage_live.loadgen.worker import rows_file
 
 EVENT = 'data: {"choices":[{"index":0,"delta":{%s},"finish_reason":%s}]}\n\n'
 USAGE = 'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\n'
@@ -408,7 +409,12 @@ def test_a_body_that_is_no_answer(body: bytes) -> None:
 
 
 def test_interim_answers_and_bodies_that_end_with_the_connection() -> None:
-    _, rows, _ = run(Columns([0]), says(b"HTTP/1.1 103 Early Hints\r\n\r\n" + whole()), stream=False)
+    async def hinting(request: Request) -> None:
+        request.writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        await asyncio.sleep(0.02)  # so that it is a read of its own
+        await proper(request)
+
+    _, rows, _ = run(Columns([0]), hinting, stream=False)
     assert (rows["error"].tolist(), rows["status"].tolist()) == ([0], [200])
     _, rows, _ = run(Columns([0]), says(b"HTTP/1.1 200 OK\r\n\r\n" + WHOLE, close=True), stream=False)
     assert rows["error"].tolist() == [0]
@@ -527,6 +533,19 @@ def test_several_processes_are_one_load() -> None:
     table = client_table(measured.rows, measured.gaps, 0)
     span = rows["ended_ns"] - rows["first_token_ns"]
     assert all(sum(gaps) <= s for gaps, s in zip(table["itl_ns"].to_pylist(), span.tolist(), strict=True))
+
+
+def test_gaps_stay_with_their_rows(tmp_path: Path) -> None:
+    rows = rows_of([0.0] * 5)
+    chunks = FIELDS.index("chunks")
+    rows[:, chunks] = (3, 0, 1, 2, 4)  # 2, 0, 0, 1 and 3 gaps
+    np.savez(tmp_path / rows_file(0), rows=rows[::2], gaps=np.array([1, 2, 41, 42, 43]))
+    np.savez(tmp_path / rows_file(1), rows=rows[1::2], gaps=np.array([31]))
+    measured = joined(tmp_path, 0, [{"cpu_s": 1.0, "busy": 0.1, "objective_ns": n} for n in (NEVER, 5)])
+    assert measured.rows[:, 0].tolist() == [0, 1, 2, 3, 4]
+    told = client_table(measured.rows, measured.gaps, 0)["itl_ns"].to_pylist()
+    assert told == [[1, 2], [], [], [31], [41, 42, 43]]
+    assert measured.objective_ns == 5
 
 
 def test_stopping_several_processes() -> None:

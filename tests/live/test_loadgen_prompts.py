@@ -59,7 +59,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         of.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", of.token_to_id("<s>"))]
         )
-    of.enable_truncation(128)
+    of.enable_truncation(20)
     of.enable_padding(length=128)
     folder = tmp_path_factory.mktemp(request.param)
     of.save(str(folder / "tokenizer.json"))
