@@ -47,7 +47,7 @@ CONCURRENCY = (1, 16, 64)
 EVENTS = 33  # data events of a stream
 PACE_MS = 5
 PACED_RATE = 100.0  # streams/s: 3,300 events/s; about 16 streams at a time, which get their events together
-STARTED_WITHIN_S = 60.0
+STARTED_WITHIN_S = 90.0  # vllm_router looks for its engine every 30 s
 # Of `ours`, in us: the most it may be, and the most it may be as a multiple of vllm_router in the same run.
 TARGETS: tuple[tuple[str, float | None, float | None], ...] = (
     ("chat_c64_cpu_us", 120.0, 1.3),
@@ -133,7 +133,7 @@ def main() -> None:
     options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console.print(
         f"written to {options.out}; load average {figures['load_average']:.2f} before, {os.getloadavg()[0]:.2f} after; "
-        f"other programs had {figures['others_share']:.0%} of the cores"
+        f"other programs had {figures['others_share']:.0%} of the cores (above 10 %: measure again)"
     )
     if refused:
         raise SystemExit("refused, for failed requests: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
@@ -347,9 +347,11 @@ def compared(figures: dict[str, object]) -> Table:
         times = ours / theirs if isinstance(ours, float) and isinstance(theirs, float) else None
         limits = [f"{most:.0f}"] if most is not None else []
         limits += [f"{ratio}x"] if ratio is not None else []
-        met = isinstance(ours, float) and (most is None or ours <= most)
-        met = met and (ratio is None or (times is not None and times <= ratio))
-        verdict = "met" if met else "MISSED"
+        if not isinstance(ours, float) or (ratio is not None and times is None):
+            verdict = "not measured"
+        else:
+            met = (most is None or ours <= most) and (ratio is None or times is None or times <= ratio)
+            verdict = "met" if met else "MISSED"
         table.add_row(name, text(ours), text(theirs), text(times, 2), " and ".join(limits), verdict)
     return table
 

@@ -293,18 +293,18 @@ def _check_cluster(config: RunConfig, profiles: Mapping[str, Profile]) -> None:
                 f"{at}.mps: expected shares of 1 in all, got {group.mps.llm_share} + {group.mps.embed_share}"
             )
         try:
-            _check_memory(group, profiles)
+            check_device_memory(group, profiles)
             laws = {engine.profile: profiles[engine.profile].iteration_time() for engine in group.engines}
             _device_maker(group, index, profiles, laws, _NOBODY, reference=False)(0).joined()
         except ConfigError as error:
             raise ConfigError(f"{at}: {error}") from error
 
 
-def _check_memory(group: DeviceConfig, profiles: Mapping[str, Profile]) -> None:
+def check_device_memory(group: DeviceConfig, profiles: Mapping[str, Profile]) -> None:
     """A device must hold what is placed on it. Engines of a disaggregated replica have devices of their own."""
     if group.disaggregated is not None:
         for llm in group.llms:
-            _check_memory(DeviceConfig(node=group.node, llm=llm), profiles)
+            check_device_memory(DeviceConfig(node=group.node, llm=llm), profiles)
         return
     needs: list[ReplicaMemory] = []
     sizes: list[float] = []
@@ -381,7 +381,7 @@ def _device_maker(
     reference: bool,
 ) -> MakeDevice:
     def llm_replica(config: LlmConfig, replica: int) -> LlmReplica:
-        return _llm_replica(config, replica, profiles[config.profile], laws[config.profile])
+        return llm_replica_of(config, replica, profiles[config.profile], laws[config.profile])
 
     def make_device(replica: int) -> Device:
         if group.operator is not None:
@@ -414,7 +414,7 @@ def _device_maker(
             llm = llm_replica(group.llm, replica)
             replica += 1
         if group.embed is not None:
-            embed = _embed_replica(group.embed, replica, laws[group.embed.profile])
+            embed = embed_replica_of(group.embed, replica, laws[group.embed.profile])
 
         def simulated(llm: LlmReplica | None, embed: EmbedReplica | None) -> SimulatedDevice:
             return SimulatedDevice(number, group.node, llm, embed, truths.output_tokens, reference, truths.contents)
@@ -443,7 +443,7 @@ def _kv_tokens(config: LlmConfig, profile: Profile) -> int:
     return profile.kv_tokens(config.gpu_memory_utilization, stages=config.pipeline_parallel)
 
 
-def _llm_replica(config: LlmConfig, replica: int, profile: Profile, law: IterationTime) -> LlmReplica:
+def llm_replica_of(config: LlmConfig, replica: int, profile: Profile, law: IterationTime) -> LlmReplica:
     kv_tokens = _kv_tokens(config, profile)
     host, drafts = config.host, config.speculative
     if kv_tokens < config.block_size:
@@ -494,7 +494,7 @@ def _ns(span_s: float) -> int:
     return round(span_s * 1e9)
 
 
-def _embed_replica(config: EmbedConfig, replica: int, law: IterationTime) -> EmbedReplica:
+def embed_replica_of(config: EmbedConfig, replica: int, law: IterationTime) -> EmbedReplica:
     return EmbedReplica(
         replica,
         config.pool,

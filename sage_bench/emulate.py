@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from sage_bench.compose import _check_memory, _embed_replica, _llm_replica
+from sage_bench.compose import check_device_memory, embed_replica_of, llm_replica_of
 from sage_bench.config import DeviceConfig, EmbedConfig, LlmConfig
 from sage_core.backend import ContentsOf, OutputTokens
 from sage_core.errors import ConfigError
@@ -44,19 +44,19 @@ def emulation(
     if llm is not None and llm.pipeline_parallel > 1:
         raise ConfigError(f"pipeline_parallel: an emulated server has 1 stage, got {llm.pipeline_parallel}")
     profiles = {engine.profile: load_profile(engine.profile) for engine in (llm, embed) if engine is not None}
-    _check_memory(DeviceConfig(node="here", llm=llm, embed=embed), profiles)
+    check_device_memory(DeviceConfig(node="here", llm=llm, embed=embed), profiles)
     llm_replica: LlmReplica | None = None
     embed_replica: EmbedReplica | None = None
     served: ServedLlm | None = None
     embedding: ServedEmbedding | None = None
     if llm is not None:
         profile = _of_kind(profiles[llm.profile], "llm")
-        llm_replica = _llm_replica(llm, 0, profile, profile.iteration_time())
+        llm_replica = llm_replica_of(llm, 0, profile, profile.iteration_time())
         cache = KvCache(llm_replica.kv_blocks, llm_replica.block_size, llm_replica.prefix_caching)
         served = ServedLlm(model or profile.model.name, llm_replica.tokens_max, cache, llm_replica.priority_queue)
     if embed is not None:
         profile = _of_kind(profiles[embed.profile], "embedding")
-        embed_replica = _embed_replica(embed, 1, profile.iteration_time())
+        embed_replica = embed_replica_of(embed, 1, profile.iteration_time())
         embedding = ServedEmbedding(embed_model or profile.model.name, profile.model.positions, dimensions)
 
     def make(output_tokens: OutputTokens, contents: ContentsOf) -> Model:

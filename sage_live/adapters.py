@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -41,13 +42,20 @@ class Adapter:
     usage: bool = True
     priority: bool = False
 
+    @property
+    def reports(self) -> bool:
+        """Whether its ``/metrics`` say anything about load."""
+        return bool(self.running or self.waiting)
+
     def load(self, text: str) -> Load:
         """Read ``/metrics``. What cannot be read is absent: an engine may serve half of it."""
-        if not (self.running or self.waiting):
+        if not self.reports:
             return Load()
         running, waiting = _total(text, self.running), _total(text, self.waiting)
         used = _values(text, self.kv_used)
         labels = _labels(text, self.cache_info)
+        blocks: int | None
+        tokens: int | None
         try:
             blocks = int(labels["num_gpu_blocks"])
             tokens = blocks * int(labels["block_size"])
@@ -80,7 +88,13 @@ ADAPTERS: Final[Mapping[str, Adapter]] = {
             kv_used="sglang:token_usage",
             priority=True,
         ),
-        Adapter("trtllm", metrics=""),  # its /metrics is JSON, one entry an iteration, and not for every backend
+        Adapter(
+            "trtllm",
+            metrics="/prometheus/metrics",  # its /metrics is JSON, one entry an iteration
+            running="trtllm_num_requests_running",
+            waiting="trtllm_num_requests_waiting",
+            kv_used="trtllm_kv_cache_utilization",
+        ),
         Adapter(
             "llamacpp",
             running="llamacpp:requests_processing",
@@ -108,9 +122,11 @@ def _values(text: str, metric: str) -> list[float]:
         for line in text.splitlines():
             if line.startswith(metric) and line[len(metric) : len(metric) + 1] in ("{", " "):
                 try:
-                    found.append(float(line.rpartition(" ")[2]))
+                    value = float(line.rpartition(" ")[2])
                 except ValueError:
                     continue
+                if math.isfinite(value):
+                    found.append(value)
     return found
 
 

@@ -26,8 +26,8 @@ class Answer(Protocol):
     def piece(self, data: bytes) -> None:
         """Whole server-sent events."""
 
-    def finish(self) -> None:
-        """The stream is complete."""
+    def finish(self, data: bytes) -> None:
+        """The stream is complete with ``data``, its last events; may be empty."""
 
     def fail(self, error: ApiError) -> None:
         """There is no answer, or no more of it."""
@@ -73,6 +73,7 @@ class Call:
         "reply_type",
         "request",
         "stream",
+        "tail",
         "tenant",
         "traceparent",
         "usage_asked",
@@ -106,6 +107,8 @@ class Call:
         """Of a stream: the engine's end, which can be told to wait."""
         self.begun = False
         """Whether any of the stream has left."""
+        self.tail = b""
+        """Of a stream: the last of it, which goes with its end."""
         self.reply = b""
         self.reply_type = b"application/json"
         self.error: ApiError | None = None

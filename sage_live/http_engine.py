@@ -20,12 +20,16 @@ from sage_live.batch import Parts, put_together, split_answer, take_apart
 from sage_live.call import Call
 from sage_live.driver import Post
 from sage_live.http.client import Exchange, Pool, UpstreamError
+from sage_live.http.wire import Headers
 from sage_live.wire import done_usage, number_after, with_field, without_usage
 
 JSON: Final[tuple[tuple[bytes, bytes], ...]] = ((b"content-type", b"application/json"),)
 
-RETRYABLE: Final = frozenset({408, 429, 500, 502, 503, 504})
-"""Answers that blame the engine or the moment, not the request."""
+IDLE_S: Final = 4.0
+"""vLLM closes a connection that was idle for 5 s."""
+
+NOT_THE_CLIENT: Final = frozenset({401, 403, 407, 408, 425, 429})
+"""Of the 4xx, those that blame the gateway's own key or the moment, not the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,11 @@ class EngineSpec:
     output_token_ns: float = 0.0
     output_seq_ns: float = 0.0
 
+    @property
+    def called(self) -> str:
+        """Its name, in management and metrics."""
+        return self.name or self.url.partition("://")[2].partition("/")[0]
+
     def __post_init__(self) -> None:
         adapter(self.adapter)
         if not self.model:
@@ -65,6 +74,11 @@ class EngineSpec:
         for key in ("tasks_max", "batch_tokens_max"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"engine {self.url}: {key}: expected 1 or more, got {getattr(self, key)}")
+
+
+def blames_request(status: int) -> bool:
+    """Whether this answer would be the same from any other engine."""
+    return 400 <= status < 500 and status not in NOT_THE_CLIENT
 
 
 def _headers(call: Call) -> tuple[tuple[bytes, bytes], ...]:
@@ -104,8 +118,8 @@ class HttpEngine:
         headers = () if spec.api_key is None else ((b"authorization", f"Bearer {spec.api_key}".encode()),)
         self.spec = spec
         self.adapter: Adapter = adapter(spec.adapter)
-        self.pool = Pool(spec.url, headers=headers)
-        self.name = spec.name or f"{self.pool.host}:{self.pool.port}"
+        self.pool = Pool(spec.url, headers=headers, idle_s=IDLE_S)
+        self.name = spec.called
         self.device = spec.device if spec.device >= 0 else device
         self.replica = -1
         """Of the plane; -1 while the engine is out of service."""
@@ -117,6 +131,8 @@ class HttpEngine:
         self.served = 0
         self.heard_ns = 0
         """When it last said anything about work."""
+        self.idle_ns = 0
+        """Since when it has nothing to do, where that is so."""
         self.pace = Pace()
         self._calls = calls
 
@@ -137,7 +153,11 @@ class HttpEngine:
                 self._send_embeddings(command)
             else:
                 for task in command.tasks:
-                    self._send(task, self._calls[request_of(task.task)])
+                    call = self._calls[request_of(task.task)]
+                    try:
+                        self._send(task, call)
+                    except Exception as error:
+                        self._unsendable(task.task, call, error)
         else:
             flight = self.flights.pop(command.task, None)
             if flight is not None:
@@ -155,6 +175,7 @@ class HttpEngine:
         """What the engine says when it becomes healthy."""
         spec = self.spec
         self.replica = replica
+        self.idle_ns = self.now()
         return e.ReplicaJoined(
             replica,
             spec.pool or spec.model,
@@ -185,7 +206,8 @@ class HttpEngine:
             body = with_field(body, b"model", self.spec.upstream_model)
         if call.stream and not call.usage_asked and self.adapter.usage:
             body = with_field(body, b"stream_options", {"include_usage": True})
-        if task.priority and self.spec.priority_scheduling and self.adapter.priority:
+        # What the client wrote itself counts for nothing: whose turn it is has been decided here.
+        if self.spec.priority_scheduling and self.adapter.priority and (task.priority or b'"priority"' in body):
             body = with_field(body, b"priority", task.priority)
         flight = (_Stream if call.stream else _Whole)(self, task.task, call)
         self._fly(flight, task.task, call)
@@ -197,9 +219,14 @@ class HttpEngine:
             self._send_whole(command.tasks[0].task)
             return
         shared: dict[bytes, list[tuple[int, Parts]]] = {}
-        for task in command.tasks:
-            parts = take_apart(self._calls[request_of(task.task)].body)
-            shared.setdefault(parts.key, []).append((task.task, parts))
+        for each in command.tasks:
+            call = self._calls[request_of(each.task)]
+            try:
+                parts = take_apart(call.body)
+            except Exception as error:
+                self._unsendable(each.task, call, error)
+                continue
+            shared.setdefault(parts.key, []).append((each.task, parts))
         for members in shared.values():
             if len(members) == 1:
                 self._send_whole(members[0][0])
@@ -208,31 +235,35 @@ class HttpEngine:
             for task, _ in members:
                 self._fly(flight, task, self._calls[request_of(task)])
             calls = [self._calls[request_of(task)] for task, _ in members]
-            exact = None if any(call.exact is None for call in calls) else sum(call.exact or 0 for call in calls)
-            self._post_embedding(flight, put_together([parts for _, parts in members]), exact)
+            headers: Headers = JSON
+            if all(call.exact is not None for call in calls):
+                headers = (*JSON, (b"x-sage-input-tokens", b"%d" % sum(call.exact or 0 for call in calls)))
+            self._post_embedding(flight, put_together([parts for _, parts in members]), headers)
 
     def _send_whole(self, task: int) -> None:
         call = self._calls[request_of(task)]
         flight = _Whole(self, task, call)
         self._fly(flight, task, call)
-        self._post_embedding(flight, call.body, call.exact)
+        try:
+            self._post_embedding(flight, call.body, _headers(call))
+        except Exception as error:
+            self._unsendable(task, call, error)
 
     def send_alone(self, task: int, call: Call) -> None:
         """An embedding task whose batch the engine refused."""
         flight = _Whole(self, task, call)
         flight.since = self.now()
         self.flights[task] = flight
-        self._post_embedding(flight, call.body, call.exact)
+        self._post_embedding(flight, call.body, _headers(call))
 
-    def _post_embedding(self, flight: _Whole | _Batch, body: bytes, exact: int | None) -> None:
+    def _post_embedding(self, flight: _Whole | _Batch, body: bytes, headers: Headers) -> None:
         if self.spec.upstream_model:
             body = with_field(body, b"model", self.spec.upstream_model)
-        headers = JSON if exact is None else (*JSON, (b"x-sage-input-tokens", b"%d" % exact))
         flight.exchange = self.pool.send("POST", self.adapter.embeddings, headers, body, flight)
 
     def _fly(self, flight: _Flight, task: int, call: Call) -> None:
+        call.idle = not self.flights and self.idle_ns <= call.arrived_ns and call.dispatched_ns < 0
         call.dispatched_ns = flight.since = self.now()
-        call.idle = not self.flights
         call.engine = self.name
         call.error = None
         self.flights[task] = flight
@@ -245,46 +276,72 @@ class HttpEngine:
         self._check_idle()
 
     def _check_idle(self) -> None:
-        if not self.flights and self.on_idle is not None:
-            self.on_idle()
+        if not self.flights:
+            self.idle_ns = self.now()
+            if self.on_idle is not None:
+                self.on_idle()
 
     def failed(self, task: int, call: Call, status: int, body: bytes, content_type: bytes) -> None:
         """The engine said no."""
-        retryable = status in RETRYABLE
-        if retryable:
-            call.error = errors.upstream_failed(f"The engine answered {status}, and the request could not be retried.")
-            if status != 429 and self.on_trouble is not None:
-                self.on_trouble(f"answered {status}")
-        else:
+        if blames_request(status):
             call.verdict = (status, body)
             call.reply_type = content_type
-        self.post(e.TaskFailed(task, f"the engine answered {status}", retryable))
+        elif status in (429, 503):
+            call.error = errors.overloaded(1.0, f"The engine has too much to do (it answered {status}).")
+        else:
+            call.error = errors.upstream_failed(f"The engine answered {status}, and the request could not be retried.")
+        if status >= 500 and self.on_trouble is not None:
+            self.on_trouble(f"answered {status}")
+        self.post(e.TaskFailed(task, f"the engine answered {status}", not blames_request(status)))
+
+    def unreadable(self, task: int, call: Call, why: str) -> None:
+        """The engine said yes, and then nothing that can be passed on."""
+        call.error = errors.upstream_failed(f"The engine's answer cannot be read: {why}.")
+        self.post(e.TaskFailed(task, f"an answer that cannot be read: {why}", True))
+
+    def _unsendable(self, task: int, call: Call, error: Exception) -> None:
+        """A body that nobody checked, or that cannot be taken apart: the end of its request, not of the control plane."""
+        refusal = errors.bad_request(f"The body cannot be passed on to an engine: {error}", code="invalid_json")
+        call.verdict = (refusal.status, refusal.body())
+        self.flights.pop(task, None)
+        self.post(e.TaskFailed(task, "a body that cannot be passed on", False))
 
     def broke(self, task: int, call: Call, error: UpstreamError) -> None:
         """The connection did."""
-        call.error = errors.upstream_failed()
+        call.error = (
+            errors.upstream_failed("The engine failed in the middle of its answer.")
+            if call.begun
+            else errors.upstream_failed()
+        )
         self.post(e.TaskFailed(task, f"connection: {error.reason.value}", True))
 
 
 class _Flight:
     """An exchange with the engine; the sink of its answer."""
 
-    __slots__ = ("body", "content_type", "engine", "exchange", "since", "status")
+    __slots__ = ("content_type", "engine", "exchange", "paused", "pieces", "since", "status")
 
     def __init__(self, engine: HttpEngine) -> None:
         self.engine = engine
         self.exchange: Exchange | None = None
         self.status = 0
         self.content_type = b"application/json"
-        self.body = b""
+        self.pieces: list[bytes] = []
+        self.paused = False
+        """Whether the engine waits for us, because our client reads too slowly."""
         self.since = Nanos(0)
+
+    @property
+    def body(self) -> bytes:
+        """All that came."""
+        return self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
 
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
         self.status = status
         self.content_type = headers.get(b"content-type", b"application/json")
 
     def on_body(self, data: bytes) -> None:
-        self.body = self.body + data if self.body else data
+        self.pieces.append(data)
 
     def cut(self) -> None:
         if self.exchange is not None:
@@ -306,17 +363,19 @@ class _Whole(_Flight):
         self.call = call
 
     def on_end(self) -> None:
-        engine, call = self.engine, self.call
+        engine, call, body = self.engine, self.call, self.body
         engine.landed(self.task)
-        if self.status == 200:
-            call.reply, call.reply_type = self.body, self.content_type
-            call.prompt_tokens = number_after(self.body, b'"prompt_tokens":')
+        if self.status != 200:
+            engine.failed(self.task, call, self.status, body, self.content_type)
+        elif not body[:8].lstrip().startswith(b"{"):
+            engine.unreadable(self.task, call, "it is not a JSON object")
+        else:
+            call.reply, call.reply_type = body, self.content_type
+            call.prompt_tokens = number_after(body, b'"prompt_tokens":')
             if engine.spec.kind is PoolKind.LLM:
-                call.output_tokens = number_after(self.body, b'"completion_tokens":')
+                call.output_tokens = number_after(body, b'"completion_tokens":')
             engine.pace.saw(engine.heard_ns - self.since, call.output_tokens)
             engine.post(e.TaskFinished(self.task, call.output_tokens))
-        else:
-            engine.failed(self.task, call, self.status, self.body, self.content_type)
 
     def on_error(self, error: UpstreamError) -> None:
         self.engine.landed(self.task)
@@ -326,21 +385,44 @@ class _Whole(_Flight):
 
 
 class _Stream(_Whole):
-    """One task, answered in pieces that are passed on as they come, whole events only."""
+    """One task, answered in pieces that are passed on as they come, whole events only. Its client may make it wait."""
 
-    __slots__ = ("events", "rest")
+    __slots__ = ("broken", "events", "final", "rest", "slowed", "streams")
 
     def __init__(self, engine: HttpEngine, task: int, call: Call) -> None:
         super().__init__(engine, task, call)
+        self.streams = False
+        self.broken = False  # the engine said so
+        self.slowed = False  # by the client
         self.events = 0
+        self.final = b""  # what came last
         self.rest = b""
 
+    def pause(self) -> None:
+        if self.exchange is not None:
+            self.paused = self.slowed = True
+            self.exchange.pause()
+
+    def resume(self) -> None:
+        if self.exchange is not None:
+            self.paused = False
+            self.engine.heard_ns = self.engine.now()  # it could not say anything before
+            self.exchange.resume()
+
+    def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        super().on_head(status, headers)
+        self.streams = status == 200 and self.content_type.startswith(b"text/event-stream")
+
     def on_body(self, data: bytes) -> None:
-        if self.status != 200:
-            self.body += data
+        if not self.streams:
+            self.pieces.append(data)
+            return
+        if self.broken:
             return
         call = self.call
         self.engine.heard_ns = now = self.engine.now()
+        if b"\r" in data:  # some end lines the other way; within JSON it would be escaped
+            data = data.replace(b"\r", b"")
         if self.rest:
             data, self.rest = self.rest + data, b""
         if not data.endswith(b"\n\n"):
@@ -349,41 +431,57 @@ class _Stream(_Whole):
                 self.rest = data
                 return
             data, self.rest = data[:cut], data[cut:]
+        if b'data: {"error"' in data:  # the engine broke while it answered: a status can no longer say so
+            data = data[: data.index(b'data: {"error"')]
+            self.broken = True
+            if not data:
+                return
         if not self.events:
             call.first_token_ns = now
             self.engine.post(e.TokensProduced(self.task, 1))
         self.events += data.count(b"\n\n")
-        if b'"usage":{' in data or b'"usage": {' in data:
+        self.final = data
+        if b'"usage"' in data:
             usage = done_usage(data)
             if usage is not None:
                 call.prompt_tokens, call.output_tokens = usage
                 if not call.usage_asked:
                     data = without_usage(data)
+        exchange = self.exchange
+        assert exchange is not None
+        call.reply_type = self.content_type
+        if exchange.last:  # goes with the end, in one system call
+            call.tail += data
+            return
         if not call.begun:
             call.begun = True
-            exchange = self.exchange
-            if exchange is not None:
-                call.flow = exchange
+            call.flow = self
             call.answer.begin(self.content_type)
         if data:
             call.answer.piece(data)
 
     def on_end(self) -> None:
-        if self.status != 200:
-            super().on_end()
+        engine, call = self.engine, self.call
+        if not self.streams:
+            if self.status != 200:
+                super().on_end()
+            else:
+                engine.landed(self.task)
+                engine.unreadable(self.task, call, "it is not a stream of events")
             return
         if self.rest:  # the last event, not ended by a blank line
             rest, self.rest = self.rest, b""
             self.on_body(rest + b"\n\n")
-        engine, call = self.engine, self.call
         engine.landed(self.task)
-        if not self.events:
-            call.error = errors.upstream_failed("The engine ended the stream before it began.")
-            engine.post(e.TaskFailed(self.task, "an empty stream", True))
+        if self.broken or b"[DONE]" not in self.final[-32:]:
+            why = "reported an error in the stream" if self.broken else "ended the stream too early"
+            call.error = errors.upstream_failed(f"The engine {why}.")
+            engine.post(e.TaskFailed(self.task, f"the engine {why}", True))
             return
         if not call.output_tokens:
             call.output_tokens = max(1, self.events - 2)  # no usage: an event a token, but the role's and [DONE]
-        engine.pace.saw(engine.heard_ns - self.since, call.output_tokens)
+        if not self.slowed:
+            engine.pace.saw(engine.heard_ns - self.since, call.output_tokens)
         engine.post(e.TaskFinished(self.task, call.output_tokens))
 
 
@@ -404,8 +502,8 @@ class _Batch(_Flight):
             self.cut()
 
     def on_end(self) -> None:
-        engine = self.engine
-        if self.status != 200 and self.status not in RETRYABLE:
+        engine, body = self.engine, self.body
+        if blames_request(self.status):
             # One client's bad input must not fail the others: each is asked again, alone.
             for task, (call, _) in self.members.items():
                 engine.send_alone(task, call)
@@ -414,14 +512,13 @@ class _Batch(_Flight):
             engine.landed(task)
         if self.status != 200:
             for task, (call, _) in self.members.items():
-                engine.failed(task, call, self.status, self.body, self.content_type)
+                engine.failed(task, call, self.status, body, self.content_type)
             return
         try:
-            answers = split_answer(self.body, [parts for _, parts in self.parts])
+            answers = split_answer(body, [parts for _, parts in self.parts])
         except ValueError as error:
             for task, (call, _) in self.members.items():
-                call.error = errors.upstream_failed(f"The engine's answer to a batch cannot be read: {error}.")
-                engine.post(e.TaskFailed(task, "an answer that cannot be read", False))
+                engine.unreadable(task, call, str(error))
             return
         engine.pace.saw(engine.heard_ns - self.since, 0)
         for (task, _), (reply, tokens) in zip(self.parts, answers, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -14,7 +15,7 @@ from sage_core.errors import ConfigError
 from sage_core.native_plane import Plane
 from sage_core.slo import SloTable
 from sage_core.stepper import ColumnRecorder, Recorder
-from sage_core.units import PoolKind, RequestKind, seconds
+from sage_core.units import NEVER, PoolKind, RequestKind, seconds
 from sage_live import errors
 from sage_live.call import Call
 from sage_live.driver import LiveDriver, Outcome
@@ -26,6 +27,11 @@ PIPELINES: Final = {RequestKind.LLM_CHAT: "chat", RequestKind.LLM_GENERATE: "gen
 
 TENANTS_MAX: Final = 10_000
 """Names of tenants that the plane may come to know: it remembers each for good."""
+
+OUTPUT_TOKENS_MAX: Final = 2**31 - 1
+"""What a cap may come to; several choices of the longest answer that can be asked for would be more."""
+
+_log = logging.getLogger(__name__)
 
 GAP_MAX: Final = 1 << 16
 """How far ahead of the next number a client's own may be; the plane wants ids dense."""
@@ -122,9 +128,9 @@ class InferenceService:
                 f"engine {spec.url}: model {spec.model!r} is served as {served.kind.name} by pool {served.pool!r}, "
                 f"not as {spec.kind.name} by {pool!r}; engines of one model are of one kind"
             )
+        if spec.called in self.watches:
+            raise ConfigError(f"engine {spec.called!r} is in service already; give this one another name")
         engine = HttpEngine(spec, self.calls, self._device_next)
-        if engine.name in self.watches:
-            raise ConfigError(f"engine {engine.name!r} is in service already; give this one another name")
         self._device_next += 1
         if served is None:
             served = self.models[spec.model] = Served(spec.model, spec.kind, pool)
@@ -204,7 +210,7 @@ class InferenceService:
         now = driver.now
         at = now if scheduled_at is None else min(scheduled_at, now)
         generates = call.kind is not RequestKind.EMBEDDING
-        cap = (output_tokens_max or self.config.output_tokens_max) if generates else 0
+        cap = min(output_tokens_max or self.config.output_tokens_max, OUTPUT_TOKENS_MAX) if generates else 0
         call.input_tokens = served.estimate(len(call.body)) if input_tokens is None else input_tokens
         objective = self._slo.of(int(call.kind), priority)
         number = call.request = self._number(number)
@@ -222,7 +228,7 @@ class InferenceService:
                 cap,
                 at,
                 objective.ttft_due_at(at) if ttft_s is None else at + seconds(ttft_s),
-                objective.due_at(at, cap) if e2e_s is None else at + seconds(e2e_s),
+                min(objective.due_at(at, cap), NEVER) if e2e_s is None else at + seconds(e2e_s),
             ),
             self._ended,
         )
@@ -245,13 +251,16 @@ class InferenceService:
 
     def _ended(self, outcome: Outcome) -> None:
         call = self.calls.pop(outcome.request)
-        status = self._answer(call, outcome)
-        if call.prompt_tokens and status == 200:
-            served = self.models.get(call.model)
-            if served is not None:
-                served.learn(len(call.body), call.prompt_tokens)
-        if self.observe is not None:
-            self.observe(call, outcome, status, self.driver.now)
+        try:
+            status = self._answer(call, outcome)
+            if call.prompt_tokens and status == 200:
+                served = self.models.get(call.model)
+                if served is not None:
+                    served.learn(len(call.body), call.prompt_tokens)
+            if self.observe is not None:
+                self.observe(call, outcome, status, self.driver.now)
+        except Exception:  # who is told of one request must not end the control plane, and with it all the others
+            _log.exception("request %d: its client could not be told how it ended", call.request)
         if self._emptied is not None and not self.calls:
             self._emptied.set()
 
@@ -259,8 +268,10 @@ class InferenceService:
         """Tell the client; the status it was told, 499 for one that went away."""
         answer = call.answer
         if type(outcome) is Respond:
-            if call.begun:
-                answer.finish()
+            if call.stream:
+                if not call.begun:
+                    answer.begin(call.reply_type)
+                answer.finish(call.tail)
             else:
                 answer.complete(200, call.reply, call.reply_type)
             return 200
@@ -271,7 +282,11 @@ class InferenceService:
                 status, body = call.verdict
                 answer.complete(status, body, call.reply_type)
                 return status
-            error = call.error or errors.upstream_failed(f"The request failed: {outcome.reason}.")
+            error = call.error or (
+                errors.overloaded(5.0, "The gateway is shutting down.")
+                if self.draining
+                else errors.upstream_failed(f"The request failed: {outcome.reason}.")
+            )
         elif call.overdue:
             error = errors.upstream_timeout(f"No answer within {self.config.request_s:g} s.")
         else:

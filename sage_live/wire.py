@@ -16,9 +16,10 @@ def with_field(body: bytes, key: bytes, value: object) -> bytes:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         fields[key.decode()] = msgspec.Raw(_encode(value))
         return _encode(fields)
-    start = body.index(b"{") + 1
-    comma = b"" if body[start:].lstrip().startswith(b"}") else b","
-    return b'%b"%b":%b%b%b' % (body[:start], key, _encode(value), comma, body[start:])
+    # At the end: where a client hid the same key behind escapes, the last one counts.
+    start = body[: body.rindex(b"}")].rstrip()
+    comma = b"" if start.endswith(b"{") else b","
+    return b'%b%b"%b":%b}' % (start, comma, key, _encode(value))
 
 
 def number_after(body: bytes, key: bytes) -> int:

@@ -304,6 +304,16 @@ class SimulatedDevice:
         except OverflowError as error:
             self.too_long(str(error))
 
+    def generated(self, now: Nanos, tasks: Sequence[int]) -> list[int]:
+        """Output tokens that each task has by ``now``, in iterations that have ended, told or not (0 once its end was)."""
+        self._engine.run(now)
+        return self._engine.generated(tasks)
+
+    @property
+    def boundary_at(self) -> Nanos:
+        """Earliest instant after the last one at which :meth:`generated` may give more; ``NEVER`` when idle."""
+        return Nanos(self._engine.boundary_at)
+
     def report(self, now: Nanos) -> list[ReplicaReported]:
         """Load as the engines themselves would publish it at ``now``. What is still to be told stays to be told."""
         engine = self._engine

@@ -214,6 +214,21 @@ class Engine:
             self._wakeup_at = self._look_ahead()
         return self._wakeup_at
 
+    def generated(self, tasks: Sequence[int]) -> list[int]:
+        """Output tokens of each task in iterations that have ended, told or not; 0 for one whose end was told, that is
+        not known, or that is an embedding. What happens between two events: a server that streams asks for it."""
+        sequences = [] if self.llm is None else [*self.llm.waiting, *self.llm.running]
+        tokens = {seq.task: seq.generated for seq in sequences}
+        tokens |= {task: value for _, code, task, value in self.outbox if code == FINISHED}
+        return [tokens.get(task, 0) for task in tasks]
+
+    @property
+    def boundary_at(self) -> int:
+        """Earliest instant (ns) after ``now`` at which :meth:`generated` may give other counts if nothing is submitted:
+        the end of the iteration or batch in progress, or the start of the next; NEVER when there is none."""
+        at = self._next_start() if self.work is None else self.work.end
+        return NEVER if at is None else max(self.now + 1, _ceil_div(at, 1000))
+
     # --- what the engine publishes about itself, as of the last ``now`` -------------------------------------------------
 
     @property

@@ -101,6 +101,8 @@ def _serve_vllm(arguments: list[str], host: str, port: int | None) -> None:
 
 
 def _ports(host: str, port: int | None, count: int) -> list[int]:
+    if port is not None and port + count > 65536:
+        raise ConfigError(f"--port, --count: {count} ports from {port} on end beyond 65535")
     if port is not None:
         return [port + n if port else 0 for n in range(count)]
     ports = [choose_port("llm")]

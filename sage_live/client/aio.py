@@ -51,8 +51,10 @@ class AsyncStream(Generic[Chunk]):
         self._events: deque[bytes] = deque()
         self._over = True
 
+        put = self._deliveries.put_nowait  # not of self, which would keep itself alive
+
         def deliver(delivery: Delivery) -> None:
-            loop.call_soon_threadsafe(self._deliveries.put_nowait, delivery)
+            loop.call_soon_threadsafe(put, delivery)
 
         self._asking = session.stream(ask, deliver)
         self._over = False

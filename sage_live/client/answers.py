@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -115,7 +115,8 @@ class Completion(msgspec.Struct, frozen=True):
         return self.choices[0].text if self.choices else ""
 
 
-class Embedding(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
     """One vector, (d,) float32."""
 
     index: int

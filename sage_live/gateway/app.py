@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 Endpoint: TypeAlias = Callable[[Request], None]
 
+JSON: Final = b"application/json"
+
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 _encode = msgspec.json.Encoder().encode
@@ -92,8 +94,8 @@ class HttpAnswer:
     def piece(self, data: bytes) -> None:
         self._request.write(data)
 
-    def finish(self) -> None:
-        self._request.end()
+    def finish(self, data: bytes) -> None:
+        self._request.end(data)
 
     def fail(self, error: ApiError) -> None:
         request = self._request
@@ -179,13 +181,13 @@ class Gateway:
     async def close(self) -> None:
         """Take no more, let live requests end within the grace, then stop."""
         await self.service.drain(self.config.grace_s)
+        await self.service.close()  # what is left is told so
         if self._server is not None:
             await self._server.close(1.0)
         self._lag.stop()
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
-        await self.service.close()
         if self._log is not None:
             self._log.close()
         if self._tracer is not None:
@@ -254,7 +256,7 @@ class Gateway:
             CHAT,
             request.body,
             stream=bool(body.stream),
-            usage_asked=body.stream_options is not None,
+            usage_asked=body.stream_options is not None and body.stream_options.include_usage is True,
         )
         self._submit(request, call, (body.max_completion_tokens or body.max_tokens, body.n or 1))
 
@@ -267,7 +269,7 @@ class Gateway:
             COMPLETIONS,
             request.body,
             stream=bool(body.stream),
-            usage_asked=body.stream_options is not None,
+            usage_asked=body.stream_options is not None and body.stream_options.include_usage is True,
         )
         self._submit(request, call, (body.max_tokens, body.n or 1))
 
@@ -300,11 +302,11 @@ class Gateway:
             if wait_ns:
                 raise errors.rate_limited(wait_ns / 1e9)
         scheduled_at = number = None
-        request_id = headers.get(b"x-request-id")
+        request_id = headers.get(b"x-request-id") or None
         if service.config.trust_schedule:
             if wish.scheduled_ns:
                 scheduled_at = wish.scheduled_ns - service.driver.origin_ns
-            if request_id is not None and request_id.isdigit():
+            if request_id is not None and len(request_id) < 20 and request_id.isdigit():
                 number = int(request_id)
         call.exact = wish.input_tokens
         priority = wish.priority if key is None else max(wish.priority, key.priority_min)
@@ -409,8 +411,8 @@ class Gateway:
 
 def _json(request: Request) -> bytes:
     """The body, if it says that it is JSON."""
-    content_type = request.headers.get(b"content-type", b"application/json")
-    if not content_type.lower().startswith(b"application/json"):
+    content_type = request.headers.get(b"content-type", JSON)
+    if content_type != JSON and content_type.partition(b";")[0].strip().lower() != JSON:
         raise errors.unsupported_media(content_type.decode("latin-1"))
     return request.body
 

@@ -19,7 +19,7 @@ SCHEDULED: Final = b"x-sage-scheduled-ns"
 _ALL: Final = frozenset({TENANT, PRIORITY, TTFT, E2E, INPUT_TOKENS, OUTPUT_TOKENS, SCHEDULED})
 _TENANT_BYTES_MAX: Final = 128
 _PRIORITY_MAX: Final = 1000
-_TOKENS_MAX: Final = 1 << 32
+_TOKENS_MAX: Final = 2**31 - 1
 
 
 class Wishes(NamedTuple):
@@ -50,7 +50,7 @@ def wishes(headers: Mapping[bytes, bytes]) -> Wishes:
         0 if (priority := get(PRIORITY)) is None else _whole(PRIORITY, priority, -_PRIORITY_MAX, _PRIORITY_MAX),
         None if (ttft := get(TTFT)) is None else _milliseconds(TTFT, ttft),
         None if (e2e := get(E2E)) is None else _milliseconds(E2E, e2e),
-        None if (tokens := get(INPUT_TOKENS)) is None else _whole(INPUT_TOKENS, tokens, 0, _TOKENS_MAX),
+        None if (tokens := get(INPUT_TOKENS)) is None else _whole(INPUT_TOKENS, tokens, 1, _TOKENS_MAX),
         None if (most := get(OUTPUT_TOKENS)) is None else _whole(OUTPUT_TOKENS, most, 1, _TOKENS_MAX),
         0 if (scheduled := get(SCHEDULED)) is None else _whole(SCHEDULED, scheduled, 0, 2**62),
     )

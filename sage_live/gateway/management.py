@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 PREFIX: Final = "/v1/management/"
 
 _encode = msgspec.json.Encoder().encode
+_log = logging.getLogger(__name__)
 
 
 class Management:
@@ -36,6 +38,9 @@ class Management:
             status, told = await self._answer(request)
         except ApiError as error:
             self._gateway.refuse(request, error)
+        except Exception:  # this is a Task: nobody else would hear of it, least of all the client
+            _log.exception("%s %s: the handler failed", request.method, request.path)
+            self._gateway.refuse(request, errors.internal())
         else:
             request.respond(status, b"" if told is None else _encode(told))
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from sage_core.errors import ConfigError
 from sage_core.load import ColumnLoad, Load
 from sage_core.units import MILLISECOND, NEVER, SECOND, Nanos, seconds
-from sage_live.loadgen.alarm import Alarm
+from sage_live.alarm import Alarm
 from sage_live.loadgen.connection import Connection
 from sage_live.loadgen.encode import WHOLE, Agenda, Encoder, Item, Share
 from sage_live.loadgen.options import Options

@@ -121,7 +121,6 @@ class EmulatedServer:
         self._vectors = Vectors(embedding.dimensions if embedding else 1)
         self._created = int(time.time())
         self._numbers = itertools.count()
-        self._hung: list[Request] = []
         self._decode_chat = BodyDecoder(ChatBody)
         self._decode_completion = BodyDecoder(CompletionBody)
         self._decode_embedding = BodyDecoder(EmbeddingBody)
@@ -200,7 +199,7 @@ class EmulatedServer:
             what = f"min_tokens: expected at most max_tokens = {cap}, got {body.min_tokens}"
             raise bad_request(what, param="min_tokens")
         number = next(self._numbers)
-        if self._fault(request, number):
+        if self._fault(number):
             return
         seed = seed_of(prompt, body.seed)
         if body.ignore_eos or body.min_tokens == cap:
@@ -243,7 +242,7 @@ class EmulatedServer:
             sizes = shared_out(stated, sizes)
         if max(sizes) > served.tokens_max:
             raise _too_long(served.tokens_max, f"{max(sizes)} in one input", "input")
-        if self._fault(request, next(self._numbers)):
+        if self._fault(next(self._numbers)):
             return
         as_base64 = body.encoding_format == "base64"
         vectors = [self._vectors.vector(seed_of(item, None), body.dimensions) for item in inputs]
@@ -252,11 +251,10 @@ class EmulatedServer:
 
     # --- everything else ----------------------------------------------------------------------------------------------
 
-    def _fault(self, request: Request, number: int) -> bool:
+    def _fault(self, number: int) -> bool:
         """Whether this one will never be answered. Raises ApiError if it was chosen to fail."""
         hang_after, rate = self._behaviour.hang_after, self._behaviour.fail_rate
         if hang_after is not None and number >= hang_after:
-            self._hung.append(request)
             return True
         if math.floor((number + 1) * rate) > math.floor(number * rate):  # evenly, so that tests can count on it
             self.statistics.failed += 1

@@ -17,7 +17,7 @@ from sage_core.commands import AnyCommand, Cancel, Dispatch, Task
 from sage_core.events import AnyEvent, ReplicaReported, TaskFailed, TaskFinished, TokensProduced
 from sage_core.load import Contents
 from sage_core.units import NEVER, SECOND, Nanos, PoolKind, request_of, task_id
-from sage_live.loadgen.alarm import Alarm
+from sage_live.alarm import Alarm
 from sage_live.servers.prometheus import Histogram
 
 LATENESS_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)

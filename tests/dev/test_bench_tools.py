@@ -226,16 +226,18 @@ def test_the_script_names_what_it_does_not_know(tmp_path: Path) -> None:
         (110.0, 90.0, "met"),
         (110.0, 80.0, "MISSED"),
         (130.0, 110.0, "MISSED"),
-        (110.0, None, "MISSED"),
-        (None, 90.0, "MISSED"),
+        (110.0, None, "not measured"),
+        (None, 90.0, "not measured"),
     ],
 )
-def test_a_target_is_met_by_both_limits_or_missed(ours: float | None, theirs: float | None, verdict: str) -> None:
-    """JSON chat: at most 120 us, and at most 1.3 times vllm_router's of the same run; what was not measured is not met."""
+def test_a_target_is_met_by_both_limits_missed_or_not_measured(
+    ours: float | None, theirs: float | None, verdict: str
+) -> None:
+    """JSON chat: at most 120 us, and at most 1.3 times vllm_router's of the same run."""
     command = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import gateway, rich; "
         f"rich.print(gateway.compared({{'ours_chat_c64_cpu_us': {ours}, 'vllm_router_chat_c64_cpu_us': {theirs}}}))"
     )
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60, check=True)
     row = next(line for line in done.stdout.splitlines() if "chat_c64" in line)
-    assert row.split()[-1] == verdict
+    assert row.strip().endswith(verdict)

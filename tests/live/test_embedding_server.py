@@ -244,7 +244,7 @@ def test_a_real_model_embeds(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     python, model = root / ".sage/live/bin/python", root / ".sage/models/minilm"
     if not (python.exists() and model.exists()):
-        pytest.skip(f"no {python} or no {model}: run `make install-live`")
+        pytest.skip("no sentence-transformers in .sage/live, or no MiniLM in .sage/models: run `make install-live`")
 
     def embed(url: str, texts: Sequence[str]) -> tuple[NDArray[np.float64], int]:
         body = json.dumps({"model": "minilm", "input": texts}).encode()

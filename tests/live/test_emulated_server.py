@@ -381,9 +381,9 @@ def test_who_disconnects_frees_the_engine_within_an_iteration(stream: bool) -> N
 def test_who_disconnects_while_waiting_never_runs() -> None:
     async def main() -> None:
         async with engine(replica(max_num_seqs=1)) as server:
-            _, first = await opened(server, CHAT, chat(max_tokens=100, ignore_eos=True))
+            _, first = await opened(server, CHAT, chat(max_tokens=5000, ignore_eos=True))
             await until(lambda: server.engine.reports()[0].running == 1)
-            _, second = await opened(server, CHAT, chat(max_tokens=100, ignore_eos=True))
+            _, second = await opened(server, CHAT, chat(max_tokens=5000, ignore_eos=True))
             await until(lambda: server.engine.reports()[0].waiting == 1)
             second.close()
             await until(lambda: server.engine.reports()[0].waiting == 0)

@@ -25,7 +25,7 @@ from sage_core.load import Arrivals, Contents
 from sage_core.rng import Streams
 from sage_core.slo import Slo, SloTable
 from sage_core.units import MILLISECOND, NEVER, SECOND, RequestKind
-from sage_live.loadgen.alarm import Alarm
+from sage_live.alarm import Alarm
 from sage_live.loadgen.answer import Answer
 from sage_live.loadgen.encode import Share
 from sage_live.loadgen.generator import Effort, LoadGenerator, Measured, generate

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from sage_core.errors import ConfigError, SageError
-from sage_live.processes import EngineError, EngineProcess, python_with, vllm_command
+from sage_core.errors import ConfigError, EngineError, SageError
+from sage_live.processes import EngineProcess, python_with, vllm_command
 
 SERVER = """
     import http.server, signal, subprocess, sys

@@ -1,0 +1,140 @@
+"""Which requests tell what: the volleys of a calibration of an LLM engine.
+
+A *round* is all of them once; a calibration repeats rounds, each in an order of its own, so that a slow minute of the
+machine does not fall on one condition. A round has
+
+* lone prompts of rising lengths, up to several times the token budget;
+* ladders: as many sequences as the engine takes, which end half by half, at a short, a middle and a long context: decode
+  at every power of two;
+* injections: a prompt sent into a running batch of decodes;
+* bursts: prompts sent at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple, TypeAlias
+
+from sage_bench.calibrate.shots import Shot
+
+LADDER_TOKENS = 24
+"""Iterations at each number of sequences."""
+
+SHORT = 16
+"""Tokens of the shortest prompts; a chat template may make them longer."""
+
+AFTER_TOKENS = 12
+"""Iterations left to a batch of decodes after a prompt was injected, for it to come through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The engine's. positions: longest sequence. kv_tokens: of its cache."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    positions: int
+    kv_tokens: int
+    prompt_min: int = 1
+
+
+class Pace(NamedTuple):
+    """What a first look found, to know what can be afforded: seconds of an iteration that decodes one sequence, or as many
+    as the engine takes, and of a prompt token."""
+
+    decode_s: float
+    batch_s: float
+    token_s: float
+
+
+Kind: TypeAlias = Literal["prefill", "decode", "mixed", "burst"]
+
+
+class Volley(NamedTuple):
+    """Shots that belong together, and what is to be read off them."""
+
+    kind: Kind
+    name: str
+    shots: tuple[Shot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """What varies. contexts: of the ladders. prompts: lengths of lone ones, rising."""
+
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    volleys: tuple[Volley, ...]
+
+    def cost_s(self, pace: Pace) -> float:
+        """About how long a round takes."""
+        return sum(_cost_s(volley.shots, pace) for volley in self.volleys)
+
+
+def designed(limits: Limits, pace: Pace, round_s: float) -> Design:
+    """The largest round that takes at most about ``round_s``: its longest prompts and contexts are what gives."""
+    longest = min(limits.positions, limits.kv_tokens) - LADDER_TOKENS
+    while True:
+        design = _design(limits, pace, longest)
+        if design.cost_s(pace) <= round_s or longest <= 8 * max(SHORT, limits.prompt_min):
+            return design
+        longest = longest * 3 // 4
+
+
+def _design(limits: Limits, pace: Pace, longest: int) -> Design:
+    budget, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
+    short = max(SHORT, limits.prompt_min)
+    prompts = _lengths(limits.prompt_min, budget, longest)
+    steps = seqs.bit_length() + 1
+    room = min(limits.kv_tokens // seqs, limits.positions) - steps * LADDER_TOKENS
+    contexts = tuple(sorted({short, max(short, min(longest // 4, room // 2)), max(short, min(longest, room))}))
+    volleys = [Volley("prefill", f"prompt {length}", (Shot(0, length, 1),)) for length in prompts]
+    volleys += [Volley("decode", f"context {context}", ladder(seqs, context)) for context in contexts]
+    for decoding in sorted({max(1, seqs // 4), max(1, seqs - 1)}):
+        for length in sorted({max(short, min(budget - decoding, longest) // 8), min(budget - decoding, longest // 2)}):
+            context = contexts[len(contexts) // 2]
+            shots = injection(decoding, context, length, pace)
+            volleys.append(Volley("mixed", f"prompt {length} beside {decoding}", shots))
+    for count in sorted({min(seqs, 4), seqs}):
+        length = max(short, min(budget // (2 * count), longest))
+        volleys.append(Volley("burst", f"prompts {length}", (Shot(0, length, 1),) * count))
+    return Design(prompts, contexts, tuple(volleys))
+
+
+def ladder(seqs: int, context: int) -> tuple[Shot, ...]:
+    """``seqs`` answers that end half by half, each number of them lasting :data:`LADDER_TOKENS` iterations."""
+    sizes = [seqs]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    outputs = [
+        (step + 1) * LADDER_TOKENS
+        for step, (size, rest) in enumerate(pairwise([*sizes, 0]))
+        for _ in range(size - rest)
+    ]
+    return tuple(Shot(0, context, output) for output in outputs)
+
+
+def injection(seqs: int, context: int, length: int, pace: Pace) -> tuple[Shot, ...]:
+    """``seqs`` decodes, and a prompt that should come when all of them are under way."""
+    started_s = 1.5 * pace.token_s * seqs * context + 8 * pace.batch_s
+    before = round(started_s / pace.decode_s)
+    after = AFTER_TOKENS + round(AFTER_TOKENS * pace.batch_s / pace.decode_s)
+    return (*(Shot(0, context, before + after),) * seqs, Shot(round(started_s * 1e9), length, 1))
+
+
+def _lengths(low: int, budget: int, longest: int) -> tuple[int, ...]:
+    """Powers of two from the shortest prompt to the budget, the budget itself, and beyond it."""
+    lengths = {max(low, 2)}
+    power = SHORT
+    while power < min(budget, longest):
+        lengths.add(max(power, low))
+        power *= 2
+    lengths |= {min(budget, longest), min(2 * budget, longest), longest}
+    return tuple(sorted(lengths))
+
+
+def _cost_s(shots: Sequence[Shot], pace: Pace) -> float:
+    prompts = sum(shot.input_tokens for shot in shots)
+    return pace.token_s * prompts + pace.batch_s * (max(shot.output_tokens for shot in shots) + 2) + 0.05
