@@ -31,15 +31,21 @@ OUT = Path("results/bench/live.json")
 ONE_ENGINE = (
     "cluster=small",
     "cluster.devices.0.count=1",
-    "load.classes.chat.output_tokens={_target_: sage_bench.loads.Lognormal, median: 60, sigma: 0.5, low: 4, high: 256}",
+    "~load.classes.chat.output_tokens",
+    "+load.classes.chat.output_tokens={_target_: sage_bench.loads.Lognormal, median: 60, sigma: 0.5, low: 4, high: 256}",
     "load.classes.chat.output_tokens_max=256",
 )
 RATES = {"idle": 1.0, "half": 8.0, "busy": 16.0}
 """Requests/s on one emulated A100 with Llama-3.1-8B, and an L4 for embeddings."""
 
 POLICIES = ("round_robin", "least_in_flight", "separate", "fifo", "priority", "slo_aware", "hybrid")
-RANKED = ("cluster=shared", "cluster.devices.0.count=2", "load=tenants", "load.rate=45")
-"""Two devices that host both kinds of work, interactive tenants beside batch ones, above what they sustain for long."""
+RANKED = (
+    "cluster.devices=[{node: a100, count: 2, llm: {profile: llama-3.1-8b-a100-tp1, max_num_seqs: 24, "
+    "gpu_memory_utilization: 0.85}, embed: {profile: bge-m3-a100, max_batch_tasks: 32}}]",
+    "load=tenants",
+    "load.rate=16",
+)
+"""Two devices that host both kinds of work, interactive tenants beside batch ones, a little more than they sustain."""
 
 Figures = dict[str, object]
 

@@ -76,6 +76,9 @@ def run_live(
     if config.cluster.faults:
         raise ConfigError("cluster.faults: are for simulations; a live run's engines fail by themselves")
     parts = make_parts(config)
+    if config.driver.tokenizer is not None:
+        with_tokenizer(Path(config.driver.tokenizer), seed=config.seed)  # a wrong path is told before anything starts
+    _check(parts, config.driver)
     folder = Path(config.results) / config.name / f"live-{run_id(parts, plain)}"
     prepare(folder, plain)
     started = Started.now()
@@ -104,6 +107,26 @@ def run_live(
         invalid=verdict.invalid,
     )
     return LiveResult(folder, told, verdict, interrupted, parts.warnings, time.perf_counter() - wall)
+
+
+def _check(parts: Parts, driver: LiveDriverConfig) -> None:
+    """What a live run cannot do, asked before anything is written or started."""
+    engines = [engine for group in parts.config.cluster.devices for _ in range(group.count) for engine in group.engines]
+    for index, group in enumerate(parts.config.cluster.devices):
+        if group.operator is not None or group.disaggregated is not None or group.mps is not None:
+            raise ConfigError(
+                f"cluster.devices[{index}]: a live run has LLM and embedding engines; operator, disaggregated and mps are "
+                "for simulations"
+            )
+    if driver.engines and len(driver.engines) != len(engines):
+        raise ConfigError(
+            f"driver.engines: cluster.devices has {len(engines)} engines, got {len(driver.engines)} URLs; one for each, "
+            "in order"
+        )
+    if driver.processes > 1 and not isinstance(parts.load, ColumnLoad):
+        raise ConfigError(
+            "driver.processes: a closed loop runs in one process, because its users wait for their answers"
+        )
 
 
 async def _measure(
@@ -158,14 +181,6 @@ async def _engines(parts: Parts, driver: LiveDriverConfig, running: AsyncExitSta
     """Every engine of the cluster, up: emulated ones are started."""
     groups = [group for group in parts.config.cluster.devices for _ in range(group.count)]
     joined = [maker(0).joined() for maker in device_makers(parts)]
-    wanted = sum(len(each) for each in joined)
-    if driver.engines and len(driver.engines) != wanted:
-        raise ConfigError(f"driver.engines: cluster.devices has {wanted} engines, got {len(driver.engines)} URLs")
-    for index, group in enumerate(groups):
-        if group.operator is not None or group.disaggregated is not None:
-            raise ConfigError(
-                f"cluster.devices: device {index} is not one of LLM and embedding engines, which a live run has"
-            )
     if driver.engines:
         urls = iter(driver.engines)
         return [_spec(each, next(urls), number, driver) for number, engines in enumerate(joined) for each in engines]

@@ -21,6 +21,7 @@ from sage_live.call import Call
 from sage_live.driver import Post
 from sage_live.http.client import Exchange, Pool, UpstreamError
 from sage_live.http.wire import Headers
+from sage_live.pace import Pace
 from sage_live.wire import done_usage, number_after, with_field, without_usage
 
 JSON: Final[tuple[tuple[bytes, bytes], ...]] = ((b"content-type", b"application/json"),)
@@ -90,24 +91,6 @@ def _headers(call: Call) -> tuple[tuple[bytes, bytes], ...]:
     return headers
 
 
-class Pace:
-    """How fast an engine answers, of late: nanoseconds an output token, or a request where nothing is generated."""
-
-    __slots__ = ("count", "ns")
-
-    WEIGHT: Final = 0.1
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.ns = 0.0
-
-    def saw(self, took_ns: int, output_tokens: int) -> None:
-        """One answer."""
-        each = took_ns / max(output_tokens, 1)
-        self.count += 1
-        self.ns += (each - self.ns) * max(self.WEIGHT, 1 / self.count)
-
-
 class HttpEngine:
     """A :class:`sage_live.driver.Backend` with one replica, which comes and goes with the engine's health.
 
@@ -123,7 +106,7 @@ class HttpEngine:
         self.device = spec.device if spec.device >= 0 else device
         self.replica = -1
         """Of the plane; -1 while the engine is out of service."""
-        self.on_trouble: Callable[[str], None] | None = None
+        self.on_trouble: Callable[[UpstreamError | str], None] | None = None
         """Told when an exchange failed in a way that says something about the engine's health."""
         self.on_idle: Callable[[], None] | None = None
         """Told when the last exchange is over."""
@@ -374,14 +357,14 @@ class _Whole(_Flight):
             call.prompt_tokens = number_after(body, b'"prompt_tokens":')
             if engine.spec.kind is PoolKind.LLM:
                 call.output_tokens = number_after(body, b'"completion_tokens":')
-            engine.pace.saw(engine.heard_ns - self.since, call.output_tokens)
+            engine.pace.saw(engine.heard_ns, engine.heard_ns - self.since, call.input_tokens, call.output_tokens)
             engine.post(e.TaskFinished(self.task, call.output_tokens))
 
     def on_error(self, error: UpstreamError) -> None:
         self.engine.landed(self.task)
         self.engine.broke(self.task, self.call, error)
         if self.engine.on_trouble is not None:
-            self.engine.on_trouble(str(error))
+            self.engine.on_trouble(error)
 
 
 class _Stream(_Whole):
@@ -481,7 +464,7 @@ class _Stream(_Whole):
         if not call.output_tokens:
             call.output_tokens = max(1, self.events - 2)  # no usage: an event a token, but the role's and [DONE]
         if not self.slowed:
-            engine.pace.saw(engine.heard_ns - self.since, call.output_tokens)
+            engine.pace.saw(engine.heard_ns, engine.heard_ns - self.since, call.input_tokens, call.output_tokens)
         engine.post(e.TaskFinished(self.task, call.output_tokens))
 
 
@@ -520,7 +503,8 @@ class _Batch(_Flight):
             for task, (call, _) in self.members.items():
                 engine.unreadable(task, call, str(error))
             return
-        engine.pace.saw(engine.heard_ns - self.since, 0)
+        asked = sum(call.input_tokens for call, _ in self.members.values())
+        engine.pace.saw(engine.heard_ns, engine.heard_ns - self.since, asked, 0)
         for (task, _), (reply, tokens) in zip(self.parts, answers, strict=True):
             if task in self.members:
                 call, _ = self.members[task]
@@ -532,4 +516,4 @@ class _Batch(_Flight):
             self.engine.landed(task)
             self.engine.broke(task, call, error)
         if self.engine.on_trouble is not None:
-            self.engine.on_trouble(str(error))
+            self.engine.on_trouble(error)

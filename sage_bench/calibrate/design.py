@@ -6,7 +6,8 @@ machine does not fall on one condition. A round has
 * lone prompts of rising lengths, up to several times the token budget;
 * ladders: as many sequences as the engine takes, which end half by half, at a short, a middle and a long context: decode
   at every power of two;
-* injections: a prompt sent into a running batch of decodes;
+* injections: prompts of rising lengths, one after another, into one running decode and into batches of them. What they
+  take is read off the tokens of the others, so neither HTTP nor the API server is in it;
 * bursts: prompts sent at once.
 """
 
@@ -25,8 +26,8 @@ LADDER_TOKENS = 24
 SHORT = 16
 """Tokens of the shortest prompts; a chat template may make them longer."""
 
-AFTER_TOKENS = 12
-"""Iterations left to a batch of decodes after a prompt was injected, for it to come through."""
+APART_TOKENS = 8
+"""Iterations without a prompt between two injections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,37 +92,42 @@ def _design(limits: Limits, pace: Pace, longest: int) -> Design:
     room = min(limits.kv_tokens // seqs, limits.positions) - steps * LADDER_TOKENS
     contexts = tuple(sorted({short, max(short, min(longest // 4, room // 2)), max(short, min(longest, room))}))
     volleys = [Volley("prefill", f"prompt {length}", (Shot(0, length, 1),)) for length in prompts]
-    volleys += [Volley("decode", f"context {context}", ladder(seqs, context)) for context in contexts]
-    for decoding in sorted({max(1, seqs // 4), max(1, seqs - 1)}):
-        for length in sorted({max(short, min(budget - decoding, longest) // 8), min(budget - decoding, longest // 2)}):
-            context = contexts[len(contexts) // 2]
-            shots = injection(decoding, context, length, pace)
-            volleys.append(Volley("mixed", f"prompt {length} beside {decoding}", shots))
+    volleys += [Volley("decode", f"context {context}", ladder(seqs, context, budget)) for context in contexts]
+    inside = [length for length in prompts if length < budget]
+    for decoding in sorted({1, max(1, seqs // 4), max(1, seqs - 1)}):
+        lengths = inside if decoding == 1 else inside[-1::-2][::-1]
+        context = contexts[len(contexts) // 2] if decoding > 1 else short
+        shots = injections(decoding, context, [min(each, budget - decoding) for each in lengths], pace)
+        volleys.append(Volley("mixed", f"beside {decoding}", shots))
     for count in sorted({min(seqs, 4), seqs}):
         length = max(short, min(budget // (2 * count), longest))
         volleys.append(Volley("burst", f"prompts {length}", (Shot(0, length, 1),) * count))
     return Design(prompts, contexts, tuple(volleys))
 
 
-def ladder(seqs: int, context: int) -> tuple[Shot, ...]:
-    """``seqs`` answers that end half by half, each number of them lasting :data:`LADDER_TOKENS` iterations."""
+def ladder(seqs: int, context: int, budget: int) -> tuple[Shot, ...]:
+    """``seqs`` answers that end half by half, each number of them lasting :data:`LADDER_TOKENS` iterations.
+
+    Prompts that do not fit one iteration together start one after another, and early answers grow meanwhile: they are
+    that much longer.
+    """
     sizes = [seqs]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
-    outputs = [
-        (step + 1) * LADDER_TOKENS
-        for step, (size, rest) in enumerate(pairwise([*sizes, 0]))
-        for _ in range(size - rest)
-    ]
-    return tuple(Shot(0, context, output) for output in outputs)
+    steps = [step for step, (size, rest) in enumerate(pairwise([*sizes, 0]), 1) for _ in range(size - rest)]
+    late = [(seqs - 1 - i) * context // budget for i in range(seqs)]
+    return tuple(Shot(0, context, step * LADDER_TOKENS + more) for step, more in zip(steps, late, strict=True))
 
 
-def injection(seqs: int, context: int, length: int, pace: Pace) -> tuple[Shot, ...]:
-    """``seqs`` decodes, and a prompt that should come when all of them are under way."""
-    started_s = 1.5 * pace.token_s * seqs * context + 8 * pace.batch_s
-    before = round(started_s / pace.decode_s)
-    after = AFTER_TOKENS + round(AFTER_TOKENS * pace.batch_s / pace.decode_s)
-    return (*(Shot(0, context, before + after),) * seqs, Shot(round(started_s * 1e9), length, 1))
+def injections(seqs: int, context: int, lengths: Sequence[int], pace: Pace) -> tuple[Shot, ...]:
+    """``seqs`` decodes, and prompts of one output token that come while all of them are under way, each when the one before
+    should be done."""
+    at_s = 1.5 * pace.token_s * seqs * context + 8 * pace.batch_s
+    prompts = []
+    for length in lengths:
+        prompts.append(Shot(round(at_s * 1e9), length, 1))
+        at_s += 1.5 * pace.token_s * length + (APART_TOKENS + 2) * pace.batch_s
+    return (*(Shot(0, context, round(at_s / pace.decode_s)),) * seqs, *prompts)
 
 
 def _lengths(low: int, budget: int, longest: int) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ whose repetitions scatter counts for less. Attention never falls with sequences 
 prices:
 
 * between knots that no observation tells apart, the curve is straight;
-* attention of the shortest context is as small as the observations allow: what a sequence takes whatever its context
-  belongs to ``token`` and ``head``.
+* attention of a lone sequence of the shortest context is as small as the observations allow. What further sequences take
+  whatever their context stays with it: on engines that stream, much of that is sending their tokens.
 
 ``ingress`` and the constant part of ``prefill.base`` (what any iteration with a prompt takes on top, whatever its length)
 are told apart by the prompts that came while others were decoding: those wait for the second only.
@@ -31,7 +31,7 @@ from sage_sim.profile import Attention, Curve, FitError, Phase, Prefill, TimeMod
 
 Floats: TypeAlias = NDArray[np.float64]
 
-BEND_PRICE = 0.02
+BEND_PRICE = 0.1
 SHORT_ATTENTION_PRICE = 0.02
 """Of a bend, or of attention, as large as the shortest time observed: what it counts beside a relative error of 1."""
 
@@ -148,10 +148,9 @@ class Terms:
             share = (self.tokens[middle] - self.tokens[low]) / (self.tokens[high] - self.tokens[low])
             row[self._at["token"]] = BEND_PRICE * (values[middle] - (1 - share) * values[low] - share * values[high])
             found.append(row)
-        for seqs in self.seqs:
+        if self.seqs:
             row = np.zeros(self._count)
-            cells = np.outer(_steps(self.seqs, seqs), _steps(self.contexts, self.contexts[0]))
-            row[self._at["decode"]] = SHORT_ATTENTION_PRICE * cells.ravel()
+            row[self._at["decode"].start] = SHORT_ATTENTION_PRICE
             found.append(row)
         return np.array(found).reshape(-1, self._count)
 

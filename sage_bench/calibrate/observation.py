@@ -7,7 +7,8 @@ here:
 * decode: while a fixed set of answers grows, the slope of instants over token numbers. A slope over many tokens does not
   mind that an API server tells two tokens at once now and then.
 * prefill: the first token of a lone prompt, which has come through the API server besides.
-* mixed: what a prompt takes from those that are decoding, from before it is sent until after its first token.
+* mixed: what a prompt takes from those that are decoding, from before it is sent until after its first token: beside one
+  of them, little more than its prefill, without the way through the API server.
 * burst: prompts sent at once are answered in groups, one an iteration; between two groups lies the later one's iteration.
 """
 
@@ -76,9 +77,8 @@ def of_decode(answers: Answers, name: str) -> list[Observation]:
         live = [i for i, of in enumerate(answers.tokens_ns) if of[-1] >= end]
         window = _slope_us(answers, live, start, end)
         if window is not None:
-            slope_us, numbers = window
-            context = sum(answers.shots[i].input_tokens + number for i, number in zip(live, numbers, strict=True))
-            work = IterationWork(seqs=len(live), kv_tokens=round(context))
+            slope_us, context = window
+            work = IterationWork(seqs=len(live), kv_tokens=round(len(live) * context))
             condition = Condition("decode", f"{name}, {len(live)} sequences", False)
             found.append(Observation(condition, ((1.0, work),), slope_us))
         start = end
@@ -86,25 +86,34 @@ def of_decode(answers: Answers, name: str) -> list[Observation]:
 
 
 def of_mixed(answers: Answers, budget: int, name: str) -> list[Observation]:
-    """One prompt (the last shot, of one output token) sent while all others decode."""
-    sent, first = answers.sent_ns[-1], answers.first_ns[-1]
-    others = answers.tokens_ns[:-1]
-    if min(of[-1] for of in others) <= first or max(of[0] for of in others) >= sent:
-        return []  # it missed them
-    spans, counts, contexts = [], [], []
-    for shot, of in zip(answers.shots, others, strict=False):
-        low = max(int(np.searchsorted(of, sent)) - 1, 0)
-        high = min(int(np.searchsorted(of, first, side="right")) + EDGE_TOKENS, len(of) - 1)
-        spans.append(float(of[high] - of[low]) / 1e3)
-        counts.append(high - low)
-        contexts.append(shot.input_tokens + (low + high) / 2)
-    seqs, kv_tokens = len(others), round(sum(contexts))
-    prompt = chunks(answers.shots[-1].input_tokens, budget, seqs, kv_tokens)
-    plain = float(np.median(counts)) - len(prompt)
-    if plain < 0:
-        return []  # told so late that the window cannot be trusted
-    works = ((plain, IterationWork(seqs=seqs, kv_tokens=kv_tokens)), *prompt)
-    return [Observation(Condition("mixed", name, False), works, float(np.median(spans)))]
+    """Prompts (the shots of one output token) sent while all others decode, one after another."""
+    prompts = [i for i, shot in enumerate(answers.shots) if shot.output_tokens == 1]
+    decodes = [i for i, shot in enumerate(answers.shots) if shot.output_tokens > 1]
+    started = max(answers.tokens_ns[i][0] for i in decodes)
+    ended = min(answers.tokens_ns[i][-1] for i in decodes)
+    found = []
+    for place, prompt in enumerate(prompts):
+        sent, first = answers.sent_ns[prompt], answers.first_ns[prompt]
+        next_sent = answers.sent_ns[prompts[place + 1]] if place + 1 < len(prompts) else ended
+        spans, counts, contexts = [], [], []
+        for i in decodes:
+            of = answers.tokens_ns[i]
+            low = int(np.searchsorted(of, sent)) - 1
+            high = int(np.searchsorted(of, first, side="right")) + EDGE_TOKENS
+            if answers.whole(i) and sent > started and high < len(of) and of[high] <= next_sent:
+                spans.append(float(of[high] - of[low]) / 1e3)
+                counts.append(high - low)
+                contexts.append(answers.shots[i].input_tokens + (low + high) / 2)
+        if not spans:
+            continue  # it missed them, or met the next one
+        kv_tokens = round(len(decodes) * sum(contexts) / len(contexts))
+        prefill = chunks(answers.shots[prompt].input_tokens, budget, len(decodes), kv_tokens)
+        plain = float(np.median(counts)) - len(prefill)
+        if plain >= 0:  # else it was told so late that the window cannot be trusted
+            condition = Condition("mixed", f"prompt {answers.shots[prompt].input_tokens} {name}", False)
+            works = ((plain, IterationWork(seqs=len(decodes), kv_tokens=kv_tokens)), *prefill)
+            found.append(Observation(condition, works, float(np.median(spans))))
+    return found
 
 
 def of_burst(answers: Answers, budget: int, name: str, apart_ns: float) -> list[Observation]:
@@ -149,18 +158,19 @@ def repeated(observations: Iterable[Observation]) -> list[Repeated]:
     return found
 
 
-def _slope_us(answers: Answers, live: Sequence[int], start: float, end: float) -> tuple[float, list[float]] | None:
-    """Time per token (us) in a window, the median over the answers ``live``, and the middle token number of each."""
-    slopes, numbers = [], []
+def _slope_us(answers: Answers, live: Sequence[int], start: float, end: float) -> tuple[float, float] | None:
+    """Time per token (us) in a window, the median over the answers ``live``, and their mean context."""
+    slopes, contexts = [], []
     for i in live:
         of = answers.tokens_ns[i]
         low, high = int(np.searchsorted(of, start, side="right")), int(np.searchsorted(of, end, side="right"))
         low, high = low + EDGE_TOKENS, high - EDGE_TOKENS
         if high - low < SLOPE_TOKENS_MIN:
             return None
-        slopes.append(_slope(of[low:high]) / 1e3)
-        numbers.append((low + high) / 2)
-    return float(np.median(slopes)), numbers
+        if answers.whole(i):
+            slopes.append(_slope(of[low:high]) / 1e3)
+            contexts.append(answers.shots[i].input_tokens + (low + high) / 2)
+    return (float(np.median(slopes)), sum(contexts) / len(contexts)) if slopes else None
 
 
 def _slope(instants: NDArray[np.int64]) -> float:

@@ -36,7 +36,8 @@ class Shot(NamedTuple):
 class Answers:
     """What became of a volley; (n,) each, in order of its shots. Instants are ns since its start.
 
-    tokens_ns: instants at which each answer's tokens were read, as many as it has.
+    tokens_ns: instants at which each answer's events were read. Servers put tokens into one event when they are late
+    themselves: then there are fewer than tokens, and ``whole`` says so.
     """
 
     shots: Sequence[Shot]
@@ -44,6 +45,10 @@ class Answers:
     first_ns: NDArray[np.int64]
     ended_ns: NDArray[np.int64]
     tokens_ns: Sequence[NDArray[np.int64]]
+
+    def whole(self, i: int) -> bool:
+        """Whether every token of answer ``i`` has an instant of its own."""
+        return len(self.tokens_ns[i]) == self.shots[i].output_tokens
 
 
 class Range:

@@ -40,7 +40,7 @@ class Taker(Protocol):
 
     def piece(self, data: bytes) -> None: ...
 
-    def finish(self) -> None: ...
+    def finish(self, data: bytes) -> None: ...
 
     def fail(self, error: Exception) -> None: ...
 
@@ -129,7 +129,7 @@ class Asking:
     def piece(self, data: bytes) -> None:
         self._heard = self._loop.time()
 
-    def finish(self) -> None:
+    def finish(self, data: bytes) -> None:
         if self._end():
             self.ended(b"")
 
@@ -255,9 +255,9 @@ class AskingStream(Asking):
         super().piece(data)
         self._pass_on(self._events.feed(data))
 
-    def finish(self) -> None:
-        self._pass_on(self._events.end())
-        super().finish()
+    def finish(self, data: bytes) -> None:
+        self._pass_on(self._events.feed(data) + self._events.end())
+        super().finish(data)
 
     def ended(self, body: bytes) -> None:
         self._tell(None)

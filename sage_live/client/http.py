@@ -85,7 +85,7 @@ class HttpFlight:
 
     def on_end(self) -> None:
         if self._streams:
-            self._taker.finish()
+            self._taker.finish(b"")
         elif self._status == 200:
             self._taker.complete(200, bytes(self._body), self._headers.get(b"content-type", b""))
         else:

@@ -269,6 +269,7 @@ class ClientConnection(asyncio.Protocol):
         "_reused",
         "_status",
         "_until_close",
+        "on_body",
         "since",
         "transport",
     )
@@ -277,13 +278,15 @@ class ClientConnection(asyncio.Protocol):
         self.since = 0
         """Tick at which it became idle."""
         self._pool = pool
+        self._pieces: list[bytes] = []
+        self.on_body = self._pieces.append
+        """Called by the parser, which asks for it once: see below."""
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
         self._reused = False  # it lay idle before the current request
         self._headers: dict[bytes, bytes] = {}
         self._status = 0  # of the head that the sink has not been told of yet; 0: none
         self._head = self._headers
-        self._pieces: list[bytes] = []
         self._keep_alive = False
         self._until_close = False  # the end of the connection is the end of the body
         self._complete = False
@@ -408,9 +411,6 @@ class ClientConnection(asyncio.Protocol):
         self._until_close = not self._keep_alive and not (
             b"content-length" in self._head or b"transfer-encoding" in self._head
         )
-
-    def on_body(self, data: bytes) -> None:
-        self._pieces.append(data)
 
     def on_message_complete(self) -> None:
         parser = self._parser

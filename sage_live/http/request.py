@@ -15,6 +15,10 @@ _OPEN, _STREAMING, _ANSWERED, _GONE = range(4)
 _BIG = 64 * 1024
 """Bytes from which copying a body behind its head costs more than a second system call."""
 
+_SMALL = 4096
+_CHUNKS = [b"%x\r\n" % size for size in range(_SMALL)]
+"""The line before a chunk of so many bytes: a piece of a stream is written for every token."""
+
 
 class Request:
     """One request, its body complete. Answer with :meth:`respond`, or :meth:`start`, :meth:`write` ... :meth:`end`.
@@ -131,7 +135,9 @@ class Request:
         if not data or self.method == "HEAD":
             return
         if self._chunked:
-            data = b"%b%x\r\n%b\r\n" % (self._head, len(data), data)
+            size = len(data)
+            frame = _CHUNKS[size] if size < _SMALL else b"%x\r\n" % size
+            data = b"".join((self._head, frame, data, b"\r\n"))
         elif self._head:
             data = self._head + data
         self._head = b""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from sage_bench.emulate import emulation
 from sage_bench.serving import EngineConfig, Serving, gateway
 from sage_core.errors import ConfigError, EngineError
 from sage_core.units import PoolKind
+from sage_live.client.answers import ChatMessage
+from sage_live.client.ask import GenerationOptions
 from sage_live.client.inprocess import ServiceTransport
 from sage_live.errors import ApiError
 from sage_live.gateway.app import GatewayConfig
@@ -35,7 +38,7 @@ _T = TypeVar("_T")
 WAIT_S = 10.0
 LLM, EMBED = "qwen2.5-7b-instruct-h100-tp1", "bge-large-en-v1.5-h100"
 CLUSTER = (
-    "cluster.devices=[{node: a, count: 2, llm: {profile: %s}}, {node: b, embed: {profile: %s}}]" % (LLM, EMBED),
+    f"cluster.devices=[{{node: a, count: 2, llm: {{profile: {LLM}}}}}, {{node: b, embed: {{profile: {EMBED}}}}}]",
 )
 MODES = ("gateway", "engines", "cluster")
 
@@ -150,7 +153,7 @@ class TestTheSameCalls:
         assert answer.object == "chat.completion" and answer.model == "llm" and answer.id.startswith("chatcmpl-")
         assert answer.choices[0].message.role == "assistant" and answer.choices[0].finish_reason == "length"
         assert answer.usage is not None and answer.usage.completion_tokens == 7 and answer.usage.total_tokens > 7
-        conversation = [
+        conversation: list[dict[str, str] | ChatMessage] = [
             {"role": "user", "content": "What is the capital of France?"},
             answer.choices[0].message,
             {"role": "user", "content": "Sure?"},
@@ -163,24 +166,25 @@ class TestTheSameCalls:
         assert at.client.generate([1, 2, 3], model="llm", max_tokens=5, ignore_eos=True).usage is not None
 
     def test_what_is_said_is_the_same_however_it_is_asked(self, at: Setting) -> None:
-        client, ask = at.client, {"model": "llm", "max_tokens": 12, "ignore_eos": True}
-        whole = client.chat("Sing", **ask).text  # type: ignore[call-overload]
-        chunks = list(client.chat("Sing", stream=True, **ask))  # type: ignore[call-overload]
+        client = at.client
+        ask: GenerationOptions = {"max_tokens": 12, "ignore_eos": True}
+        whole = client.chat("Sing", model="llm", **ask).text
+        chunks = list(client.chat("Sing", model="llm", stream=True, **ask))
         assert "".join(chunk.text for chunk in chunks) == whole and len(chunks) > 3
         assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "length"
         assert all(chunk.usage is None and chunk.choices for chunk in chunks)
 
         async def at_once() -> tuple[str, str, str]:
             aio = client.aio
-            stream = await aio.chat("Sing", stream=True, **ask)  # type: ignore[call-overload]
+            stream = await aio.chat("Sing", model="llm", stream=True, **ask)
             streamed = "".join([chunk.text async for chunk in stream])
             said, generated = await asyncio.gather(
-                aio.chat("Sing", **ask), aio.generate("Sing", stream=True, **ask)  # type: ignore[call-overload]
+                aio.chat("Sing", model="llm", **ask), aio.generate("Sing", model="llm", stream=True, **ask)
             )
             return said.text, streamed, "".join([chunk.text async for chunk in generated])
 
         said, streamed, generated = asyncio.run(at_once())
-        assert said == streamed == whole and generated == client.generate("Sing", **ask).text  # type: ignore[call-overload]
+        assert said == streamed == whole and generated == client.generate("Sing", model="llm", **ask).text
 
     def test_a_stream_says_what_it_used_if_asked(self, at: Setting) -> None:
         *_, last = at.client.chat(
@@ -195,9 +199,7 @@ class TestTheSameCalls:
         assert np.allclose(np.linalg.norm(together.vectors, axis=1), 1, atol=1e-5)
         for number in (0, 17, 39):
             assert np.array_equal(at.client.embed(texts[number], model="embed").vectors[0], together.vectors[number])
-        assert np.array_equal(
-            at.client.embed(list(reversed(texts)), model="embed").vectors, together.vectors[::-1]
-        )
+        assert np.array_equal(at.client.embed(list(reversed(texts)), model="embed").vectors, together.vectors[::-1])
         assert at.client.embed([[1, 2], [3]], model="embed", dimensions=8).vectors.shape == (2, 8)
 
     def test_threads_share_batches_and_get_their_own(self, at: Setting) -> None:
@@ -208,7 +210,8 @@ class TestTheSameCalls:
             for _ in range(10):
                 if not np.array_equal(at.client.embed([text], model="embed").vectors, alone[text]):
                     wrong.append(text)
-                if at.client.chat(text, model="llm", max_tokens=2, ignore_eos=True).usage.completion_tokens != 2:  # type: ignore[union-attr]
+                usage = at.client.chat(text, model="llm", max_tokens=2, ignore_eos=True).usage
+                if usage is None or usage.completion_tokens != 2:
                     wrong.append(text)
 
         threads = [threading.Thread(target=ask, args=(text,)) for text in alone]
@@ -258,7 +261,12 @@ class TestTheSameCalls:
         ],
     )
     def test_refusals(
-        self, at: Setting, ask: Callable[[UnifiedInferenceClient], object], status: int, code: str | None, param: str | None
+        self,
+        at: Setting,
+        ask: Callable[[UnifiedInferenceClient], object],
+        status: int,
+        code: str | None,
+        param: str | None,
     ) -> None:
         with pytest.raises(ApiError) as raised:
             ask(at.client)
@@ -268,9 +276,7 @@ class TestTheSameCalls:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_tenants_priorities_and_objectives_reach_the_plane(
-    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tenants_priorities_and_objectives_reach_the_plane(mode: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with setting(mode, record=folder) as at:
         at.client.chat(
@@ -288,14 +294,52 @@ def test_tenants_priorities_and_objectives_reach_the_plane(
     assert [row["pipeline"] for row in rows] == ["chat@llm", "generate@llm", "embed@embed", "chat@llm"]
     first = rows[0]
     assert first["input_tokens"] == 77
+    assert first["ttft_due_ns"] - first["scheduled_ns"] == 125_000_000
+    assert first["due_ns"] - first["scheduled_ns"] == 2_500_000_000
     if mode == "gateway":
         return  # whose manifest is written by the command
-    assert sage_replay(folder, capsys) == 0
+    assert sage_replay(folder) == 0
 
 
-def sage_replay(folder: Path, capsys: pytest.CaptureFixture[str]) -> int:
-    import sys
+@pytest.mark.parametrize("mode", ["engines", "cluster"])
+def test_without_a_gateway_models_need_not_be_named_and_policies_are_chosen(mode: str) -> None:
+    with setting(mode) as at:
+        assert at.client.chat("hi", max_tokens=1).model == "llm" and at.client.embed("hi").model == "embed"
+        given = [f"{url},model=llm" for url in at.engines[:2]]
+        chosen: Mapping[str, Any] = {"_target_": "sage_policies.presets.fifo"}
+        with UnifiedInferenceClient.create(engines=given, policy=chosen, slo="strict") as other:
+            transport = other._session.transport
+            assert isinstance(transport, ServiceTransport) and transport.service.policy == "fifo"
+            assert other.chat("hi", max_tokens=1).text
+            with pytest.raises(ConfigError, match="no embedding model is served"):
+                other.embed("hi")
 
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cluster": "smal"}, "Available options in 'cluster'"),
+        ({"cluster": "small", "policy": "hybird"}, "Available options in 'policy'"),
+        ({"cluster": "small", "overrides": ["attempts_max=0"]}, "attempts_max"),
+        ({"cluster": "disaggregated"}, "device 0 is not one of LLM and embedding engines"),
+        ({"cluster": "small", "overrides": ["cluster.faults=[{kind: crash, device: 0, at_s: 1}]"]}, "faults"),
+        ({"cluster": "small", "api_key": "k"}, "api_key_env"),
+        ({"engines": []}, "at least one"),
+        ({"engines": ["http://127.0.0.1:1,model=m,colour=red"]}, "colour"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        UnifiedInferenceClient.create(**arguments)
+
+
+def test_engines_that_are_not_there_are_named() -> None:
+    for engine in ("http://127.0.0.1:1", "http://127.0.0.1:1,model=m"):
+        with pytest.raises(EngineError, match=r"engine http://127\.0\.0\.1:1: .*refused"):
+            UnifiedInferenceClient.create(engines=[engine], wait_s=0.1)
+
+
+def sage_replay(folder: Path) -> int:
     argv, sys.argv = sys.argv, ["sage", "replay", str(folder)]
     try:
         sage()
