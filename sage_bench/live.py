@@ -8,6 +8,7 @@ arrivals of the generator; log and rows are the gateway's, ``client.parquet`` is
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import signal
 import socket
@@ -79,7 +80,7 @@ def run_live(
     if config.driver.tokenizer is not None:
         with_tokenizer(Path(config.driver.tokenizer), seed=config.seed)  # a wrong path is told before anything starts
     _check(parts, config.driver)
-    folder = Path(config.results) / config.name / f"live-{run_id(parts, plain)}"
+    folder = _fresh(Path(config.results) / config.name / f"live-{run_id(parts, plain)}")
     prepare(folder, plain)
     started = Started.now()
     wall = time.perf_counter()
@@ -107,6 +108,12 @@ def run_live(
         invalid=verdict.invalid,
     )
     return LiveResult(folder, told, verdict, interrupted, parts.warnings, time.perf_counter() - wall)
+
+
+def _fresh(folder: Path) -> Path:
+    """``folder``, or it with a number: what was measured is not measured again by measuring once more."""
+    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    return next(each for each in itertools.chain([folder], names) if not each.exists())
 
 
 def _check(parts: Parts, driver: LiveDriverConfig) -> None:

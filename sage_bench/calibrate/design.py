@@ -144,3 +144,9 @@ def _lengths(low: int, budget: int, longest: int) -> tuple[int, ...]:
 def _cost_s(shots: Sequence[Shot], pace: Pace) -> float:
     prompts = sum(shot.input_tokens for shot in shots)
     return pace.token_s * prompts + pace.batch_s * (max(shot.output_tokens for shot in shots) + 2) + 0.05
+
+
+def token_knots(prompts: Sequence[int], limits: Limits) -> list[int]:
+    """Where the curve over an iteration's tokens may bend: at every number that decodes or lone prompts make."""
+    decodes = {1 << n for n in range(limits.max_num_seqs.bit_length())} | {limits.max_num_seqs}
+    return sorted(decodes | {length for length in prompts if length <= limits.max_num_batched_tokens})

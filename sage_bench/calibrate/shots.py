@@ -58,13 +58,14 @@ class Range:
         """``options``: of the load generator, with the model under :data:`PIPELINE`."""
         self._options = options
         self._kind = kind
-        self._fired = 0
+        self.fired = 0
+        """Requests so far."""
 
     async def shoot(self, shots: Sequence[Shot]) -> Answers:
         """Send ``shots`` (in order of instant) and wait for all. DataError: one was not answered as asked."""
         options = replace(self._options, connections=min(len(shots), 64))
-        load = _Volley(shots, self._kind, self._fired)
-        self._fired += len(shots)
+        load = _Volley(shots, self._kind, self.fired)
+        self.fired += len(shots)
         measured = await generate(load, options)
         columns = dict(zip(FIELDS, measured.rows.T, strict=True))
         _check(columns, self._options.url)

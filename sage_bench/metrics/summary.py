@@ -1,6 +1,6 @@
 """Everything a report says about a folder of runs, as tables of numbers.
 
-Only complete runs are compared; a folder that has none is summarised as it is, and a note says so.
+Only complete runs whose load generator kept up are compared; a folder that has none is summarised as it is, and a note says so.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ class Summary:
 def summarise(runs: Runs, baseline: str | None = None) -> Summary:
     """Measure and compare ``runs``. Raises :class:`DataError`, and :class:`ConfigError` for an unknown ``baseline``."""
     notes = []
-    kept = runs.where(lambda m: m.status == "complete")
+    kept = runs.where(lambda m: m.status == "complete" and not m.invalid)
     for run in runs.where(lambda m: m.status != "complete"):
         left_out = "left out" if len(kept) else "partial"
         notes.append(f"{run.folder}: {run.manifest.status}, {left_out}")
+    for run in runs.where(lambda m: m.status == "complete" and bool(m.invalid)):
+        left_out = "left out" if len(kept) else "its latencies are the load generator's as much as the system's"
+        notes.append(f"{run.folder}: INVALID ({'; '.join(run.manifest.invalid)}), {left_out}")
     found = conditions(kept if len(kept) else runs, baseline)
     used = sum(len(members) for each in found for members in each.arms.values())
     if repeated := len(kept if len(kept) else runs) - used:

@@ -93,6 +93,17 @@ def test_partial_runs_are_left_out_unless_there_is_nothing_else(tmp_path: Path, 
     assert any("cut: interrupted, left out" in note for note in summary.notes)
 
 
+def test_a_run_whose_generator_lagged_is_not_compared(tmp_path: Path, queueing: ModuleType) -> None:
+    queue = queueing.Queue(rate=20, service_s=0.02, requests=30)
+    queueing.run(tmp_path / "late", queue, source="live", invalid=("send lag p99 80.0 ms, above 5.0 ms",))
+    alone = summarise(load_runs(tmp_path)).notes
+    assert any("late: INVALID (send lag p99 80.0 ms, above 5.0 ms), its latencies are" in note for note in alone)
+    queueing.run(tmp_path / "punctual", queueing.Queue(rate=20, service_s=0.02, requests=30, seed=2), source="live")
+    summary = summarise(load_runs(tmp_path))
+    assert list(summary.rows["run_id"].unique()) == ["punctual"]
+    assert any("late: INVALID" in note and "left out" in note for note in summary.notes)
+
+
 def test_one_seed_is_told_to_be_few(tmp_path: Path, queueing: ModuleType) -> None:
     for order in ("fifo", "priority"):
         queueing.run(tmp_path / order, queueing.Queue(rate=20, service_s=0.02, requests=30, order=order))

@@ -159,6 +159,7 @@ def run(
     parameters: dict[str, Any] | None = None,
     source: Source = "simulation",
     status: Status = "complete",
+    invalid: tuple[str, ...] = (),
     warmup_s: float = 0.0,
     config: dict[str, Any] | None = None,
     overrides: tuple[str, ...] = (),
@@ -195,4 +196,5 @@ def run(
         counts=recorder.counts(),
         replicas=tuple(ReplicaFact(**row) for row in recorder.replicas()),
         price_per_h=price_per_h,
+        invalid=invalid,
     )
