@@ -190,7 +190,7 @@ async def _engines(parts: Parts, driver: LiveDriverConfig, running: AsyncExitSta
     joined = [maker(0).joined() for maker in device_makers(parts)]
     if driver.engines:
         urls = iter(driver.engines)
-        return [_spec(each, next(urls), number, driver) for number, engines in enumerate(joined) for each in engines]
+        return [engine_spec(each, next(urls), number, driver) for number, engines in enumerate(joined) for each in engines]
     starting = [asyncio.ensure_future(_emulated(number, group, running)) for number, group in enumerate(groups)]
     try:
         urls_of = await asyncio.gather(*starting)
@@ -200,7 +200,7 @@ async def _engines(parts: Parts, driver: LiveDriverConfig, running: AsyncExitSta
         await asyncio.gather(*starting, return_exceptions=True)
         raise
     return [
-        _spec(each, url, number, driver)
+        engine_spec(each, url, number, driver)
         for number, (url, engines) in enumerate(zip(urls_of, joined, strict=True))
         for each in engines
     ]
@@ -219,7 +219,7 @@ async def _emulated(number: int, group: DeviceConfig, running: AsyncExitStack) -
     return engine.url
 
 
-def _spec(joined: ReplicaJoined, url: str, number: int, driver: LiveDriverConfig) -> EngineSpec:
+def engine_spec(joined: ReplicaJoined, url: str, number: int, driver: LiveDriverConfig) -> EngineSpec:
     """An engine as the gateway is told of it; what it is expected to cost is what the simulated one would say."""
     pool = joined.pool
     upstream = driver.models.get(pool, "")

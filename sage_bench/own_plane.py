@@ -20,7 +20,7 @@ from sage_bench.compose import device_makers, make, make_parts, make_plane
 from sage_bench.config import LiveDriverConfig, RunConfig, checked, composed
 from sage_bench.discovery import model_of
 from sage_bench.emulate import emulation
-from sage_bench.live import _spec as engine_spec
+from sage_bench.live import engine_spec
 from sage_bench.live_manifest import Started, write_live_manifest
 from sage_bench.results.manifest import Source
 from sage_bench.run import prepare

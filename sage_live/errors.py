@@ -16,6 +16,8 @@ from typing import Final
 
 import msgspec
 
+from sage_core.errors import SageError
+
 TYPES: Final = {
     400: "invalid_request_error",
     401: "invalid_request_error",
@@ -42,7 +44,7 @@ TYPES: Final = {
 _encoder = msgspec.json.Encoder()
 
 
-class ApiError(Exception):
+class ApiError(SageError):
     """A request ends with ``status`` (a key of ``TYPES``) and OpenAI's error body.
 
     ``param`` names the field of the body that is wrong; ``retry_after_s`` is when it makes sense to come back;
@@ -62,7 +64,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
-        self.type = TYPES[status]
+        self.type = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import msgspec
 
 from sage_core.commands import Fail, Reject, Respond
-from sage_core.units import RequestKind
+from sage_core.units import PoolKind, RequestKind
 from sage_live import errors
 from sage_live.call import Call
 from sage_live.driver import Outcome
@@ -86,6 +86,7 @@ class HttpAnswer:
             self._request.on_writable = self._writable
 
     def complete(self, status: int, body: bytes, content_type: bytes) -> None:
+        self._call = None  # which holds this: no cycle is left to the collector
         self._request.respond(status, body, content_type, self.headers)
 
     def begin(self, content_type: bytes) -> None:
@@ -95,6 +96,7 @@ class HttpAnswer:
         self._request.write(data)
 
     def finish(self, data: bytes) -> None:
+        self._call = None
         self._request.end(data)
 
     def fail(self, error: ApiError) -> None:
@@ -390,7 +392,8 @@ class Gateway:
         request.respond(200, _encode(self._model_card(name)))
 
     def _model_card(self, name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": self._started, "owned_by": "sage"}
+        kind = "embedding" if self.service.models[name].kind is PoolKind.EMBEDDING else "llm"
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "sage", "kind": kind}
 
     def _health(self, request: Request) -> None:
         service = self.service

@@ -344,7 +344,15 @@ _ANSWERS: Final[Json] = {
         },
         _USAGE_OR_NULL,
     ),
-    "Model": _object({"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT}),
+    "Model": _object(
+        {
+            "id": _TEXT,
+            "object": {"const": "model"},
+            "created": _COUNT,
+            "owned_by": _TEXT,
+            "kind": {"enum": ["llm", "embedding"]},
+        }
+    ),
     "ModelList": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
     "Health": _object({"status": {"enum": ["ok", "no engine"]}, "engines": _COUNT, "healthy": _COUNT}),
     "Engine": _object(

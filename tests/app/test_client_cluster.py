@@ -76,10 +76,6 @@ class Site:
     async def _gateway(self, serving: Serving) -> str:
         config, _ = checked(composed(["driver=live", "load=clients"]))
         made, _ = await self._running.enter_async_context(gateway(config, serving))
-        while made.service.driver.plane.counts.arrived == 0 and len(made.service.watches) != sum(
-            watch.state == "healthy" for watch in made.service.watches.values()
-        ):
-            await asyncio.sleep(0.005)
         return f"http://127.0.0.1:{made.port}/v1"
 
     def gateway(self, serving: Serving) -> str:
@@ -301,10 +297,15 @@ def test_tenants_priorities_and_objectives_reach_the_plane(mode: str, tmp_path: 
     assert sage_replay(folder) == 0
 
 
-@pytest.mark.parametrize("mode", ["engines", "cluster"])
-def test_without_a_gateway_models_need_not_be_named_and_policies_are_chosen(mode: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_the_only_model_of_its_kind_need_not_be_named(mode: str) -> None:
     with setting(mode) as at:
         assert at.client.chat("hi", max_tokens=1).model == "llm" and at.client.embed("hi").model == "embed"
+
+
+@pytest.mark.parametrize("mode", ["engines", "cluster"])
+def test_without_a_gateway_policies_are_chosen(mode: str) -> None:
+    with setting(mode) as at:
         given = [f"{url},model=llm" for url in at.engines[:2]]
         chosen: Mapping[str, Any] = {"_target_": "sage_policies.presets.fifo"}
         with UnifiedInferenceClient.create(engines=given, policy=chosen, slo="strict") as other:
