@@ -27,9 +27,13 @@ struct Stepper {
 void register_stepper(py::module_& m) {
   py::class_<Stepper>(m, "Stepper", "One logged step after another; its meaning is sage_core.stepper.Stepper.")
       .def(py::init([](const py::object& plane, const py::object& record) {
-             return std::make_unique<Stepper>(
-                 Stepper{plane, record, &py::cast<Plane&>(plane),
-                         record.is_none() ? nullptr : &py::cast<Recorder&>(record), {}, {}, {}});
+             return std::make_unique<Stepper>(Stepper{plane,
+                                                      record,
+                                                      &py::cast<Plane&>(plane),
+                                                      record.is_none() ? nullptr : &py::cast<Recorder&>(record),
+                                                      {},
+                                                      {},
+                                                      {}});
            }),
            py::arg("plane"), py::arg("record"))
       .def(
