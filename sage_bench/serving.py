@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from sage_bench.results.native_recorder import NativeRecorder
 from sage_bench.results.recorder import RunRecorder
 from sage_bench.results.writer import StepWriter
 from sage_core.commands import AnyCommand
-from sage_core.errors import ConfigError, DataError
+from sage_core.errors import ConfigError, DataError, OutputError
 from sage_core.events import AnyEvent
 from sage_core.pipeline import single_request_pipelines
 from sage_core.slo import SloTable
@@ -36,6 +37,8 @@ from sage_live.health import HealthConfig
 from sage_live.http_engine import EngineSpec
 from sage_live.service import InferenceService, ServiceConfig
 from sage_policies.presets import PRESETS
+
+_log = logging.getLogger(__name__)
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -206,6 +209,35 @@ async def gateway(config: RunConfig, serving: Serving) -> AsyncIterator[tuple[Ga
             )
 
 
+class LiveRecorder(NativeRecorder):
+    """Of a system in service: when the disk is full it goes on serving without its record, and says so at the end."""
+
+    def __init__(self, folder: Path, *args: Any, **options: Any) -> None:
+        super().__init__(folder, *args, background=True, **options)
+        self._lost: OutputError | None = None
+
+    def flush(self) -> None:
+        """Write what is full; drop it once writing has failed."""
+        if self._lost is None:
+            try:
+                super().flush()
+            except OutputError as error:
+                self._lost = error
+                _log.error("%s; requests are served and no longer recorded", error)
+        else:
+            for name in self.native.full_tables():
+                self.native.take(name)
+
+    def abort(self, reason: str) -> None:
+        try:
+            super().abort(reason)
+        except OutputError:
+            if self._lost is None:
+                raise
+        if self._lost is not None:
+            raise self._lost
+
+
 def recorder(
     files: contextlib.ExitStack, folder: Path | None, config: RunConfig, slo: SloTable
 ) -> tuple[RunRecorder | NativeRecorder | None, Recorder | ColumnRecorder | None]:
@@ -215,7 +247,7 @@ def recorder(
     pipelines = {name: [(s.op.name, s.op.pool) for s in p.stages] for name, p in single_request_pipelines().items()}
     about: dict[str, Any] = {"warmup_ns": seconds(config.warmup_s), "cooldown_at": NEVER, "tasks": config.record.tasks}
     if config.mechanism == "native":
-        columns = files.enter_context(NativeRecorder(folder, pipelines, slo, steps=config.record.steps, **about))
+        columns = files.enter_context(LiveRecorder(folder, pipelines, slo, steps=config.record.steps, **about))
         return columns, columns
     rows = files.enter_context(RunRecorder(folder, pipelines, slo, **about))
     log = files.enter_context(StepWriter(folder / "steps.parquet")) if config.record.steps else None

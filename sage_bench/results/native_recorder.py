@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -32,7 +34,9 @@ class NativeRecorder(Recorder):
     """``native`` is what the loop tells of each step; call :meth:`flush` when the loop returns because it is full.
 
     Arguments and errors as for :class:`sage_bench.results.recorder.RunRecorder`. steps: write ``steps.parquet`` too,
-    which :class:`sage_bench.results.writer.StepWriter` does where Python takes the steps.
+    which :class:`sage_bench.results.writer.StepWriter` does where Python takes the steps. background: files are written
+    by a thread of their own, because an event loop in real time must not wait for compression and disk; what goes wrong
+    there is raised by the next call.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class NativeRecorder(Recorder):
         tasks: bool = True,
         steps: bool = True,
         buffer_rows: int = BUFFER_ROWS,
+        background: bool = False,
     ) -> None:
         self.native = _native.Recorder(
             {name: list(stages) for name, stages in pipelines.items()},
@@ -60,6 +65,8 @@ class NativeRecorder(Recorder):
         for name in self.native.tables():
             _check_columns(name, self.native.columns(name), SCHEMAS[name])
         self._files: dict[str, TableFile] = {}
+        self._writer = ThreadPoolExecutor(1, "sage-recorder") if background else None
+        self._writing: deque[Future[None]] = deque()
         with contextlib.ExitStack() as opened:  # the first file must not be left open if the next cannot be made
             for name in self.native.tables():
                 self._files[name] = TableFile(folder / f"{name}.parquet", SCHEMAS[name])
@@ -78,7 +85,11 @@ class NativeRecorder(Recorder):
 
     def abort(self, reason: str) -> None:
         self.native.abort(reason)
-        self._finishing.close()
+        try:
+            self._finishing.close()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
 
     def counts(self) -> dict[str, int]:
         return {"arrived": self.native.arrived, **self.native.outcomes, "tasks": self.native.tasks}
@@ -87,19 +98,30 @@ class NativeRecorder(Recorder):
         return list({row["replica"]: row for row in self.native.replicas()}.values())
 
     def _finish(self, name: str) -> None:
-        self._write(name)
-        self._files[name].close()
+        try:
+            self._write(name)
+            self._wait()
+        finally:
+            self._files[name].close()
+
+    def _wait(self) -> None:
+        while self._writing:
+            self._writing.popleft().result()
 
     def _write(self, name: str) -> None:
         rows = self.native.rows(name)
         if rows:
             file = self._files[name]
             columns = zip(self.native.take(name), file.schema, strict=True)
-            file.write(
-                pa.Table.from_arrays(
-                    [_array(column, field.type, rows) for column, field in columns], schema=file.schema
-                )
+            table = pa.Table.from_arrays(
+                [_array(column, field.type, rows) for column, field in columns], schema=file.schema
             )
+            if self._writer is None:
+                file.write(table)
+            else:
+                while self._writing and self._writing[0].done():
+                    self._writing.popleft().result()
+                self._writing.append(self._writer.submit(file.write, table))
 
 
 def _array(column: Column, kind: pa.DataType, rows: int) -> pa.Array:

@@ -412,6 +412,30 @@ def test_columns_that_differ_from_the_schema_are_refused(
             NativeRecorder(tmp_path, PIPELINES, SLO)
 
 
+def test_a_writer_of_its_own_writes_the_same(tmp_path: Path, queueing: ModuleType) -> None:
+    steps = list(queueing.Queue(rate=40, service_s=0.02, requests=2_000).steps())
+    for name in ("loop", "thread"):
+        folder = tmp_path / name
+        with NativeRecorder(folder, queueing.PIPELINES, SLO, buffer_rows=50, background=name == "thread") as recorder:
+            feed(recorder, steps)
+    for table in (*TABLES, "steps"):
+        one, other = (pq.read_table(tmp_path / name / f"{table}.parquet") for name in ("loop", "thread"))
+        assert one.equals(other), table
+    assert pq.ParquetFile(tmp_path / "thread/requests.parquet").num_row_groups > 10
+
+
+def test_what_the_writer_met_is_raised(tmp_path: Path, queueing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = list(queueing.Queue(rate=40, service_s=0.02, requests=500).steps())
+
+    def full(self: object, table: pa.Table) -> None:
+        raise OutputError("no space left")
+
+    monkeypatch.setattr(native_recorder.TableFile, "write", full)
+    recorder = NativeRecorder(tmp_path, queueing.PIPELINES, SLO, buffer_rows=50, background=True)
+    with pytest.raises(OutputError, match="no space left"), recorder:
+        feed(recorder, steps)
+
+
 def test_files_that_cannot_be_written(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
