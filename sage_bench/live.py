@@ -36,6 +36,7 @@ from sage_core.errors import ConfigError, EngineError
 from sage_core.events import ReplicaJoined
 from sage_core.load import ColumnLoad
 from sage_core.units import PoolKind, RequestKind
+from sage_live.adapters import adapter
 from sage_live.http_engine import EngineSpec
 from sage_live.loadgen.generator import Measured, generate
 from sage_live.loadgen.options import Model, Options
@@ -45,6 +46,7 @@ from sage_live.loadgen.prompts import Prompts, estimated, with_tokenizer
 from sage_live.loadgen.schema import FIELDS, client_table, write_client
 from sage_live.loadgen.summary import Summary, summary
 from sage_live.processes import EngineProcess
+from sage_live.round_trip import round_trip_ns
 
 HEALTHY_S: Final = 60.0
 """What engines that are up may take to be found healthy by the gateway."""
@@ -84,7 +86,7 @@ def run_live(
     prepare(folder, plain)
     started = Started.now()
     wall = time.perf_counter()
-    measured, told, specs, versions, interrupted = uvloop.run(_measure(parts, config.driver, folder, tell))
+    measured, told, specs, versions, round_trips, interrupted = uvloop.run(_measure(parts, config.driver, folder, tell))
     verdict = summary(measured, fixed_lengths=config.driver.exact_output)
     write_client(
         folder / "client.parquet",
@@ -100,6 +102,7 @@ def run_live(
         status="interrupted" if interrupted else "complete",
         specs=specs,
         versions=versions,
+        round_trips=round_trips,
         rate=getattr(parts.load, "rate", None),
         overrides=overrides,
         profiles=parts.profiles,
@@ -138,7 +141,7 @@ def _check(parts: Parts, driver: LiveDriverConfig) -> None:
 
 async def _measure(
     parts: Parts, driver: LiveDriverConfig, folder: Path, tell: Tell
-) -> tuple[Measured, Told, list[EngineSpec], dict[str, str], bool]:
+) -> tuple[Measured, Told, list[EngineSpec], dict[str, str], dict[str, int], bool]:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
     async with AsyncExitStack() as running:
@@ -157,6 +160,7 @@ async def _measure(
         )
         running.push_async_callback(gateway.stop)
         await _all_healthy(gateway.url, len(specs))
+        round_trips = {spec.url: await round_trip_ns(spec.url, adapter(spec.adapter).health) for spec in specs}
         options = await _options(parts, driver, gateway.url, specs)
         tell("sending")
         measured = await _generate(parts, driver, options, stop)
@@ -168,7 +172,7 @@ async def _measure(
     for name in (JOB, SERVED):
         (folder / name).unlink()
     gateway.log.unlink(missing_ok=True)
-    return measured, told, specs, versions, stop.is_set()
+    return measured, told, specs, versions, round_trips, stop.is_set()
 
 
 async def _generate(parts: Parts, driver: LiveDriverConfig, options: Options, stop: asyncio.Event) -> Measured:
@@ -190,7 +194,9 @@ async def _engines(parts: Parts, driver: LiveDriverConfig, running: AsyncExitSta
     joined = [maker(0).joined() for maker in device_makers(parts)]
     if driver.engines:
         urls = iter(driver.engines)
-        return [engine_spec(each, next(urls), number, driver) for number, engines in enumerate(joined) for each in engines]
+        return [
+            engine_spec(each, next(urls), number, driver) for number, engines in enumerate(joined) for each in engines
+        ]
     starting = [asyncio.ensure_future(_emulated(number, group, running)) for number, group in enumerate(groups)]
     try:
         urls_of = await asyncio.gather(*starting)

@@ -61,6 +61,7 @@ def write_live_manifest(
     status: Status = "complete",
     specs: Sequence[EngineSpec] = (),
     versions: Mapping[str, str] | None = None,
+    round_trips: Mapping[str, int] | None = None,
     rate: float | None = None,
     overrides: Sequence[str] = (),
     profiles: Mapping[str, Profile] | None = None,
@@ -68,7 +69,7 @@ def write_live_manifest(
     generator: Mapping[str, Any] | None = None,
     invalid: Sequence[str] = (),
 ) -> Manifest:
-    """What a simulated run's says, from a gateway's life. versions: of the engines, by URL. generator: what the load
+    """What a simulated run's says, from a gateway's life. versions, round_trips (ns): of the engines, by URL. generator: what the load
     generator measured of itself. OutputError."""
     return write_manifest(
         folder,
@@ -99,7 +100,12 @@ def write_live_manifest(
         counts=served.counts,
         engines=tuple(
             EngineFact(
-                spec.name or spec.url, spec.url, spec.model, spec.adapter, (versions or {}).get(spec.url, "unknown")
+                spec.name or spec.url,
+                spec.url,
+                spec.model,
+                spec.adapter,
+                (versions or {}).get(spec.url, "unknown"),
+                (round_trips or {}).get(spec.url),
             )
             for spec in specs
         ),

@@ -96,13 +96,15 @@ class ReplicaFact(msgspec.Struct, frozen=True):
 
 
 class EngineFact(msgspec.Struct, frozen=True):
-    """A real or emulated engine of a live run. version: as its server says."""
+    """A real or emulated engine of a live run. version: as its server says. round_trip_ns: to it and back while it was
+    idle, null where nobody asked."""
 
     name: str
     url: str
     model: str
     adapter: str
     version: str = UNKNOWN
+    round_trip_ns: int | None = None
 
 
 class PowerFact(msgspec.Struct, frozen=True):

@@ -1,6 +1,7 @@
 """The simulated twin of a recorded run: its own configuration under the simulator, its own requests as the load.
 
-Engines, network and policy are those of ``config.yaml``; overrides change some of them, in the words of ``sage run``. The
+Engines and policy are those of ``config.yaml``, and so is the network of a simulated run; that of a live run is half of the
+round trip to its engines, which was measured before the load began. Overrides change some of them, in the words of ``sage run``. The
 load, the objectives (due times were recorded with the requests) and the counted window are part of what was recorded and
 cannot be changed.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib.resources
 import itertools
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +35,11 @@ def twin(run: Path, overrides: Sequence[str], name: str, results: Path) -> dict[
 
     Raises :class:`DataError` for a folder that is not a run's, :class:`ConfigError` for an override.
     """
-    config = OmegaConf.create(read_manifest(run).config)
+    manifest = read_manifest(run)
+    config = OmegaConf.create(manifest.config)
+    ways = [engine.round_trip_ns for engine in manifest.engines if engine.round_trip_ns is not None]
+    if ways:
+        OmegaConf.update(config, "cluster.network", {"delay_s": statistics.median(ways) / 2e9, "jitter_s": 0.0})
     _override(config, [_parsed(text) for text in overrides])
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]  # it was made of one
     return plain | {

@@ -20,6 +20,8 @@ from sage_bench.live import LiveResult, run_live
 from sage_bench.replaying import replay_run
 from sage_bench.results.manifest import read_manifest
 from sage_bench.run import run
+from sage_bench.validate.live import validate_run
+from sage_bench.validate.twin import twin
 from sage_core.errors import SageError
 
 SHORT = (
@@ -89,6 +91,20 @@ def test_the_manifest_says_what_was_measured(done: LiveResult) -> None:
     assert {replica.pool for replica in manifest.replicas} == {"llm", "embed"}
     assert {path.name for path in done.folder.iterdir()} == {*manifest.outputs, "manifest.json"}
     assert "gateway-job.json" not in manifest.outputs
+
+
+def test_its_twin_has_the_network_that_was_measured(done: LiveResult) -> None:
+    trips = [engine.round_trip_ns for engine in read_manifest(done.folder).engines]
+    assert all(trip is not None and 10_000 < trip < 50_000_000 for trip in trips)
+    config = twin(done.folder, [], "twin", Path("unused"))
+    assert config["cluster"]["network"]["delay_s"] == pytest.approx(sum(t for t in trips if t) / 4e9, rel=0.6)
+    assert (
+        twin(done.folder, ["cluster.network.delay_s=0.25"], "twin", Path("unused"))["cluster"]["network"]["delay_s"]
+        == 0.25
+    )
+    errors = validate_run(done.folder, done.folder.parent.parent / "validated")
+    assert abs(errors.kinds["chat"]["e2e"].mean.error_pct or 0.0) < 25, "the model is the truth here"
+    assert errors.source == "emulated"
 
 
 def test_two_processes_send_the_same_requests(done: LiveResult) -> None:
