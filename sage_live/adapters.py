@@ -27,8 +27,8 @@ class Adapter:
 
     running, waiting, kv_used: metrics of its ``/metrics`` (Prometheus), "" where there is none; values of several label
     sets are summed, fractions averaged. cache_info: a metric whose labels say how large the KV cache is. usage: it
-    sends ``usage`` at the end of a stream when asked with ``stream_options``. priority: it takes ``priority`` in the
-    body where it schedules by priority.
+    sends ``usage`` at the end of a stream when asked with ``stream_options``. priority: of the ``priority``
+    that it takes in the body where it schedules by it: 1, the smaller is served first, as here; -1, the larger; 0: none.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Adapter:
     kv_used: str = ""
     cache_info: str = ""
     usage: bool = True
-    priority: bool = False
+    priority: int = 0
 
     @property
     def reports(self) -> bool:
@@ -79,14 +79,14 @@ ADAPTERS: Final[Mapping[str, Adapter]] = {
             waiting="vllm:num_requests_waiting",
             kv_used="vllm:kv_cache_usage_perc",
             cache_info="vllm:cache_config_info",
-            priority=True,
+            priority=1,
         ),
         Adapter(
             "sglang",
             running="sglang:num_running_reqs",
             waiting="sglang:num_queue_reqs",
             kv_used="sglang:token_usage",
-            priority=True,
+            priority=-1,
         ),
         Adapter(
             "trtllm",
@@ -100,7 +100,7 @@ ADAPTERS: Final[Mapping[str, Adapter]] = {
             running="llamacpp:requests_processing",
             waiting="llamacpp:requests_deferred",
         ),
-        Adapter("tei", running="te_queue_size"),
+        Adapter("tei", waiting="te_queue_size"),
         Adapter("infinity", embeddings="/embeddings"),
         Adapter("sage"),
         Adapter("openai", health="/v1/models", metrics="", usage=False),

@@ -191,7 +191,7 @@ class HttpEngine:
             body = with_field(body, b"stream_options", {"include_usage": True})
         # What the client wrote itself counts for nothing: whose turn it is has been decided here.
         if self.spec.priority_scheduling and self.adapter.priority and (task.priority or b'"priority"' in body):
-            body = with_field(body, b"priority", task.priority)
+            body = with_field(body, b"priority", task.priority * self.adapter.priority)
         flight = (_Stream if call.stream else _Whole)(self, task.task, call)
         self._fly(flight, task.task, call)
         flight.exchange = self.pool.send("POST", call.path, _headers(call), body, flight)
@@ -249,6 +249,7 @@ class HttpEngine:
         call.dispatched_ns = flight.since = self.now()
         call.engine = self.name
         call.error = None
+        call.tail = b""
         self.flights[task] = flight
 
     def landed(self, task: int) -> None:
@@ -395,6 +396,8 @@ class _Stream(_Whole):
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
         super().on_head(status, headers)
         self.streams = status == 200 and self.content_type.startswith(b"text/event-stream")
+        if self.streams:
+            self.call.reply_type = self.content_type
 
     def on_body(self, data: bytes) -> None:
         if not self.streams:
@@ -430,10 +433,7 @@ class _Stream(_Whole):
                 call.prompt_tokens, call.output_tokens = usage
                 if not call.usage_asked:
                     data = without_usage(data)
-        exchange = self.exchange
-        assert exchange is not None
-        call.reply_type = self.content_type
-        if exchange.last:  # goes with the end, in one system call
+        if self.exchange.last:  # type: ignore[union-attr]  # it goes with the end, in one system call
             call.tail += data
             return
         if not call.begun:
@@ -452,9 +452,10 @@ class _Stream(_Whole):
                 engine.landed(self.task)
                 engine.unreadable(self.task, call, "it is not a stream of events")
             return
-        if self.rest:  # the last event, not ended by a blank line
+        if b"[DONE]" in self.rest:  # the last event, not ended by a blank line; anything else was cut off
             rest, self.rest = self.rest, b""
-            self.on_body(rest + b"\n\n")
+            self.on_body(rest.rstrip() + b"\n\n")
+        call.flow = None  # it has dried up
         engine.landed(self.task)
         if self.broken or b"[DONE]" not in self.final[-32:]:
             why = "reported an error in the stream" if self.broken else "ended the stream too early"

@@ -46,10 +46,12 @@ class Class:
 class Pace:
     """The recent answers of one engine. ``answers`` counts all there ever were."""
 
-    __slots__ = ("_classes", "_classes_at", "_recent", "answers")
+    __slots__ = ("_classes", "_classes_at", "_recent", "answers", "throughput")
 
     def __init__(self) -> None:
         self.answers = 0
+        self.throughput = 0.0
+        """Answers a second, over those that are kept and not too old."""
         self._recent: deque[tuple[int, int, float]] = deque(maxlen=ANSWERS_KEPT)
         self._classes: Mapping[int, Class] = {}
         self._classes_at = -1
@@ -66,24 +68,20 @@ class Pace:
         self._classes_at = -1
 
     def classes(self, now: int) -> Mapping[int, Class]:
-        """Of the last minute. Reckoned at most once a second: all the others of its pool ask."""
+        """Of the last minute. Reckoned at most once a second, with :attr:`throughput`: all the others of its pool ask."""
         if self._classes_at < 0 or now - self._classes_at >= SECOND:
+            recent = [each for each in self._recent if now - each[0] <= WINDOW_NS]
             found: dict[int, list[float]] = {}
-            for at, lengths, each_ns in self._recent:
-                if now - at <= WINDOW_NS:
-                    found.setdefault(lengths, []).append(each_ns)
+            for _, lengths, each_ns in recent:
+                found.setdefault(lengths, []).append(each_ns)
             self._classes = {
                 lengths: Class(len(each), statistics.median(each))
                 for lengths, each in found.items()
                 if len(each) >= CLASS_ANSWERS_MIN
             }
+            self.throughput = len(recent) * SECOND / max(now - recent[0][0], 1) if recent else 0.0
             self._classes_at = now
         return self._classes
-
-    def throughput(self, now: int) -> float:
-        """Answers a second, over those that are kept."""
-        recent = [at for at, _, _ in self._recent if now - at <= WINDOW_NS]
-        return len(recent) * SECOND / max(now - recent[0], 1) if recent else 0.0
 
 
 def slowness(own: Pace, others: Sequence[Pace], now: int, answers_min: int) -> float:
@@ -102,7 +100,6 @@ def slowness(own: Pace, others: Sequence[Pace], now: int, answers_min: int) -> f
             logarithms += each.count * math.log(max(each.median_ns, 1.0) / max(statistics.median(medians), 1.0))
     if not count or count < answers_min:
         return 1.0
-    others_throughput = statistics.median(other.throughput(now) for other in alike)
-    if own.throughput(now) > BUSIER * others_throughput:
+    if own.throughput > BUSIER * statistics.median(other.throughput for other in alike):
         return 1.0
     return math.exp(logarithms / count)

@@ -65,7 +65,9 @@ class GatewayConfig:
 class HttpAnswer:
     """Where the answer to an HTTP client goes."""
 
-    __slots__ = ("_call", "_request", "_service", "headers", "request_id", "span")
+    __slots__ = ("_call", "_request", "_service", "headers", "piece", "request_id", "span")
+
+    piece: Callable[[bytes], None]
 
     def __init__(self, request: Request, service: InferenceService) -> None:
         self._request = request
@@ -91,9 +93,7 @@ class HttpAnswer:
 
     def begin(self, content_type: bytes) -> None:
         self._request.start(200, content_type, (*self.headers, (b"cache-control", b"no-cache")))
-
-    def piece(self, data: bytes) -> None:
-        self._request.write(data)
+        self.piece = self._request.write  # once a token: without a frame of ours
 
     def finish(self, data: bytes) -> None:
         self._call = None

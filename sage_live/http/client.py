@@ -280,7 +280,7 @@ class ClientConnection(asyncio.Protocol):
         self._pool = pool
         self._pieces: list[bytes] = []
         self.on_body = self._pieces.append
-        """Called by the parser, which asks for it once: see below."""
+        """The parser's callback for a piece of the body; without a frame of ours, for there is one a token."""
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
         self._reused = False  # it lay idle before the current request
@@ -383,6 +383,7 @@ class ClientConnection(asyncio.Protocol):
                 self._pool.release(self)
             else:
                 self.transport.close()
+            del exchange.sink  # which holds it: no cycle is left to the collector
             sink.on_end()
         elif malformed:
             self.fail(Reason.MALFORMED, f"{self._name} does not answer in HTTP: {malformed}")

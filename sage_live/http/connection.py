@@ -63,11 +63,11 @@ class ServerConnection(asyncio.Protocol):
         "_server",
         "_since",
         "_stalled_since",
-        "_transport",
         "_upgrade",
         "_url",
         "_write_paused",
-        "_written",
+        "transport",
+        "written",
     )
 
     def __init__(self, server: HttpServer) -> None:
@@ -97,7 +97,7 @@ class ServerConnection(asyncio.Protocol):
         self._read_paused = False
         # What is being sent.
         self._write_paused = False
-        self._written = 0  # bytes
+        self.written = 0  # bytes
         self._delivered = 0  # of these, at the last sweep, those that the kernel had taken
         self._stalled_since = 0
         self._lingers = False
@@ -110,7 +110,7 @@ class ServerConnection(asyncio.Protocol):
     # --- asyncio --------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self.transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self._peer = peer[0] if isinstance(peer, tuple) else ""
         self._since = self._stalled_since = self._server.tick
@@ -125,7 +125,7 @@ class ServerConnection(asyncio.Protocol):
     def eof_received(self) -> None:
         # A client that is done sending looks like one that has gone; every client of an API waits with its side open.
         if self.in_progress:
-            self._transport.abort()
+            self.transport.abort()
         self._lost()
 
     def data_received(self, data: bytes) -> None:
@@ -311,7 +311,7 @@ class ServerConnection(asyncio.Protocol):
     def _say_continue(self) -> None:
         if self._continue and self._current is None and not self._queue:
             self._continue = False
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # --- handing over and answering -------------------------------------------------------------------------------
 
@@ -332,11 +332,11 @@ class ServerConnection(asyncio.Protocol):
         if len(queue) >= self._server.limits.pipelined_max:
             if not self._read_paused:
                 self._read_paused = True
-                self._transport.pause_reading()
+                self.transport.pause_reading()
         elif self._read_paused:
             self._read_paused = False
             self._since = self._server.tick
-            self._transport.resume_reading()
+            self.transport.resume_reading()
         self._say_continue()
 
     def answer_head(self, status: int, content_type: bytes, request: Request) -> bytes:
@@ -353,16 +353,17 @@ class ServerConnection(asyncio.Protocol):
             request.on_writable(False)
 
     def write(self, data: bytes) -> None:
-        self._written += len(data)
-        self._transport.write(data)
+        self.written += len(data)
+        self.transport.write(data)
 
     def answered(self, request: Request) -> None:
         """The answer is complete: on to the next."""
         self._current = None
+        request.on_disconnect = request.on_writable = None  # which hold it: no cycle is left to the collector
         if not request.keep_alive or self._server.draining:
             self._deaf = True
             self._queue.clear()
-            self._transport.close()
+            self.transport.close()
             return
         if not self._phase:
             self._since = self._server.tick
@@ -371,7 +372,7 @@ class ServerConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the connection, whatever is in progress."""
-        self._transport.abort()
+        self.transport.abort()
         self._lost()
 
     def _answer_refusal(self, refusal: _Refusal) -> None:
@@ -379,8 +380,8 @@ class ServerConnection(asyncio.Protocol):
         status, message = refusal
         body = self._server.error_body(status, message)
         head = self._server.head(status, b"application/json", b"connection: close\r\n")
-        self._transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
-        self._transport.write_eof()
+        self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+        self.transport.write_eof()
         self._queue.clear()
         self._lingers = True
         self._since = self._server.tick
@@ -400,9 +401,9 @@ class ServerConnection(asyncio.Protocol):
     def sweep(self, tick: int) -> None:
         """Whatever has lasted too long ends. ``tick`` counts seconds."""
         limits = self._server.limits
-        unsent = self._transport.get_write_buffer_size()
-        if self._written - unsent != self._delivered or not unsent:
-            self._delivered = self._written - unsent
+        unsent = self.transport.get_write_buffer_size()
+        if self.written - unsent != self._delivered or not unsent:
+            self._delivered = self.written - unsent
             self._stalled_since = tick
         elif tick - self._stalled_since > limits.stalled_s:
             self.abort()
@@ -424,7 +425,7 @@ class ServerConnection(asyncio.Protocol):
         """The server closes: at once where nothing is in progress, else after the answer."""
         if not self.in_progress and not self._lingers:
             self._deaf = True
-            self._transport.close()
+            self.transport.close()
 
 
 _METHODS = {method.encode(): method for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")}

@@ -141,7 +141,9 @@ class Request:
         elif self._head:
             data = self._head + data
         self._head = b""
-        self._connection.write(data)
+        connection = self._connection  # its write, without the call: once a token
+        connection.written += len(data)
+        connection.transport.write(data)
 
     def end(self, data: bytes = b"") -> None:
         """The answer is complete, with ``data`` as its last piece: one system call for both."""

@@ -42,7 +42,6 @@ DONE = b"data: [DONE]\n\n"
 def run(main: Coroutine[Any, Any, Any], timeout_s: float = 60.0) -> Any:
     """Under the loop that serves, with an end."""
 
-
     async def clean() -> Any:
         try:
             return await asyncio.wait_for(main, timeout_s)
@@ -374,39 +373,57 @@ async def scripted(handler: Callable[[Request], None]) -> AsyncIterator[Scripted
 
 
 @asynccontextmanager
-async def raw_engine(answer: bytes, *, cut: bool = True) -> AsyncIterator[tuple[int, list[bytes]]]:
-    """A socket that answers every POST with these bytes, HTTP or not, and then hangs up (or not). Port and requests."""
-    seen: list[bytes] = []
-    writers: list[asyncio.StreamWriter] = []
+async def listening(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]],
+) -> AsyncIterator[int]:
+    """A socket of a test's own, and its port; nothing of it is left at the end."""
+    tasks: set[asyncio.Task[None]] = set()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers.append(writer)
+    async def serving_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
         try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = 0
-                for line in head.split(b"\r\n"):
-                    if line.lower().startswith(b"content-length:"):
-                        length = int(line.partition(b":")[2])
-                body = await reader.readexactly(length)
-                if head.startswith(b"GET"):
-                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
-                    continue
-                seen.append(body)
-                writer.write(answer)
-                if cut:
-                    writer.close()
-                    return
-        except (asyncio.IncompleteReadError, ConnectionError):
+            await serve(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
+        finally:
+            tasks.discard(task)
+            writer.transport.abort()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serving_one, "127.0.0.1", 0)
     try:
-        yield server.sockets[0].getsockname()[1], seen
+        yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
-        for writer in writers:
-            writer.transport.abort()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def raw_engine(answer: bytes) -> AsyncIterator[tuple[int, list[bytes]]]:
+    """A socket that answers every POST with these bytes, HTTP or not, and then hangs up. Port and requests."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+            body = await reader.readexactly(int(length or 0))
+            if head.startswith(b"GET"):
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                continue
+            seen.append(body)
+            writer.write(answer)
+            writer.close()
+            await writer.wait_closed()
+            return
+
+    async with listening(serve) as port:
+        yield port, seen
 
 
 def sse(*events: Any) -> bytes:

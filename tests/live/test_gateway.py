@@ -233,7 +233,7 @@ def test_metrics_count_what_happened() -> None:
                 await ask(served.port, CHAT, chat())
             await ask(served.port, CHAT, chat(stream=True))
             await ask(served.port, EMBEDDINGS, embedding("two tokens"))
-            await ask(served.port, CHAT, chat("x" * 100000))  # 400 of the engine
+            await ask(served.port, CHAT, chat("x" * 300000))  # 400 of the engine
             await ask(served.port, CHAT, b"{")
             await ask(served.port, CHAT, {"model": "none", "messages": [{"role": "user"}]})
             reply = await ask(served.port, "/metrics")
@@ -265,7 +265,7 @@ def test_request_ids_are_echoed_whatever_the_answer() -> None:
                 (CHAT, chat()),
                 (CHAT, chat(stream=True)),
                 (EMBEDDINGS, embedding()),
-                (CHAT, chat("x" * 100000)),
+                (CHAT, chat("x" * 300000)),
                 (CHAT, b"{"),
                 ("/nowhere", None),
             ):

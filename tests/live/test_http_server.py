@@ -363,7 +363,7 @@ def test_nagle_is_off(run: Run) -> None:
     seen: list[int] = []
 
     def handler(request: Request) -> None:
-        sock = request._connection._transport.get_extra_info("socket")
+        sock = request._connection.transport.get_extra_info("socket")
         seen.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
         request.respond(200, b"")
 
