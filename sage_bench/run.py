@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import pyarrow as pa
@@ -28,6 +28,7 @@ from sage_bench.results.native_recorder import NativeRecorder
 from sage_bench.results.recorder import RunRecorder
 from sage_bench.results.writer import StepWriter, output_error
 from sage_core.commands import AnyCommand
+from sage_core.errors import ConfigError
 from sage_core.events import AnyEvent
 from sage_core.native_plane import Plane
 from sage_core.ops import native_build
@@ -186,11 +187,21 @@ def run_id(parts: Parts, plain: dict[str, Any]) -> str:
     return f"{parts.policy.name}-s{parts.config.seed}-{digest[:8]}"
 
 
+OUTPUTS: Final = ("requests.parquet", "tasks.parquet", "replicas.parquet", "steps.parquet", "manifest.json")
+
+
+def unused(folder: Path) -> None:
+    """ConfigError if there is a run in ``folder`` already."""
+    there = [name for name in OUTPUTS if (folder / name).exists()]
+    if there:
+        raise ConfigError(f"{folder}: has a run in it ({', '.join(there)}), which would be lost; choose another folder")
+
+
 def prepare(folder: Path, plain: dict[str, Any]) -> None:
     """Make the folder and drop what an earlier run of the same configuration left in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("requests.parquet", "tasks.parquet", "replicas.parquet", "steps.parquet", "manifest.json"):
+        for name in OUTPUTS:
             (folder / name).unlink(missing_ok=True)
         (folder / CONFIG_NAME).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     except OSError as error:

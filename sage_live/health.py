@@ -17,7 +17,7 @@ from typing import Final
 
 from sage_core import events as e
 from sage_core.errors import ConfigError
-from sage_core.units import seconds
+from sage_core.units import SECOND, seconds
 from sage_live.driver import LiveDriver
 from sage_live.http.client import UpstreamError
 from sage_live.http.exchange import Reason
@@ -30,6 +30,9 @@ LOOK_GAP_S: Final = 0.05
 
 PENALTY_MAX: Final = 16
 """Longest probation, in times the configured one."""
+
+CLOSED_TOGETHER_NS: Final = SECOND // 10
+"""Two exchanges that break off within this are no accident of one connection."""
 
 STALE_REPORTS: Final = 5
 """Reports that may fail to come before the last one counts for nothing."""
@@ -111,7 +114,7 @@ class Watch:
         self._stays = False  # out of service, by an operator's wish
         self._failures = 0  # of probes, in a row
         self._errors = 0  # of exchanges, in a row
-        self._error_at = -1
+        self._error_at = self._closed_at = -1
         self._answers = 0  # of the engine, when the last error came
         self._slow_since: int | None = None
         self._joined_at: int | None = None
@@ -169,7 +172,8 @@ class Watch:
             )
             await asyncio.sleep(min(LOOK_GAP_S, interval))
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._look_now.wait(), interval)
+                async with asyncio.timeout(interval):
+                    await self._look_now.wait()
 
     async def _probe(self) -> None:
         if self.state is State.DRAINED or (self.state is State.EJECTED and self._driver.now < self._back_at):
@@ -189,7 +193,8 @@ class Watch:
 
     def _failed(self, why: str, *, certain: bool = False) -> None:
         """``certain``: no connection, which an engine under load does not do."""
-        self.why = why
+        if self.state is not State.DRAINING:  # that has a reason
+            self.why = why
         self._failures += 1
         enough = self._failures >= self._config.failures_max
         if self.state is State.HEALTHY and (certain or enough):
@@ -282,12 +287,19 @@ class Watch:
             return  # another task of the same exchange
         self._error_at = self.engine.heard_ns
         self._errors += 1
-        if isinstance(trouble, UpstreamError) and trouble.reason is Reason.CONNECT:
+        if isinstance(trouble, UpstreamError) and self._seems_dead(trouble.reason):
             self._out_of_order(str(trouble))
         elif self._errors >= self._config.errors_max and self._peers(self.engine):
             self._out_of_order(f"{self._errors} requests in a row failed; the last: {trouble}")
         else:
             self._look_now.set()
+
+    def _seems_dead(self, reason: Reason) -> bool:
+        """Nobody listens, or it hung up on two at once, as one that was killed does."""
+        if reason is Reason.CLOSED:
+            before, self._closed_at = self._closed_at, self._driver.now
+            return before >= 0 and self._closed_at - before < CLOSED_TOGETHER_NS
+        return reason is Reason.CONNECT
 
     def _on_idle(self) -> None:
         """The last exchange is over; what came of it has not been posted yet, and must be before the replica leaves."""

@@ -177,8 +177,13 @@ class HttpEngine:
     def drop(self) -> None:
         """Cut every exchange and say nothing of it: the replica has left."""
         self.replica = -1
-        for flight in list(self.flights.values()):
+        for task, flight in self.flights.items():
             flight.cut()
+            call = self._calls.get(request_of(task))
+            if call is not None and call.error is None:
+                call.error = errors.upstream_failed(
+                    "The engine stopped answering, and the request could not be retried."
+                )
         self.flights.clear()
 
     # --- exchanges ------------------------------------------------------------------------------------------------

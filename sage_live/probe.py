@@ -61,7 +61,8 @@ class Probe:
         asked = time.monotonic()
         exchange = self._engine.pool.send(method, path, headers, body, _Whole(done))
         try:
-            return await asyncio.wait_for(done, within_s)
+            async with asyncio.timeout(within_s):
+                return await done
         except TimeoutError:
             # After a pause of this process timers go first, and an answer that lies ready is not seen.
             if time.monotonic() - asked > OVERRUN_MAX * within_s:

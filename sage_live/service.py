@@ -287,12 +287,17 @@ class InferenceService:
                 if self.draining
                 else errors.upstream_failed(f"The request failed: {outcome.reason}.")
             )
+        elif call.overdue and call.dispatched_ns < 0 and not self._in_service(call.model):
+            error = errors.overloaded(5.0, f"No engine of {call.model} is in service.")
         elif call.overdue:
             error = errors.upstream_timeout(f"No answer within {self.config.request_s:g} s.")
         else:
             return 499
         answer.fail(error)
         return error.status
+
+    def _in_service(self, model: str) -> bool:
+        return any(watch.state is State.HEALTHY and watch.engine.spec.model == model for watch in self.watches.values())
 
     def _sweep(self) -> None:
         """Once a second: what takes too long ends."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 
@@ -15,7 +16,7 @@ from sage_bench.cli.gateway_keys import key_app
 from sage_bench.config import checked, composed
 from sage_bench.discovery import model_of
 from sage_bench.live_manifest import Started, version, write_live_manifest
-from sage_bench.run import prepare
+from sage_bench.run import prepare, unused
 from sage_bench.serving import EngineConfig, Serving, parse_engine, read_engines, serve
 from sage_core.errors import ConfigError
 from sage_live.gateway.app import Gateway, GatewayConfig
@@ -58,11 +59,10 @@ def start(
     body_max: Annotated[int, typer.Option(help="Bytes of a request body; above it 413.")] = 16 * 1024 * 1024,
     grace_s: Annotated[float, typer.Option(help="Seconds for live requests at shutdown.")] = 30.0,
     wait_s: Annotated[float, typer.Option(help="Seconds to wait for engines whose model must be asked.")] = 0.0,
-    health_interval_s: Annotated[float, typer.Option(help="Seconds between health probes.")] = 2.0,
-    slow_factor: Annotated[
-        float, typer.Option(help="Eject engines so many times slower than their pool; 0: never.")
-    ] = 2.0,
-    stall_s: Annotated[float, typer.Option(help="Eject engines silent for so long while they have work.")] = 60.0,
+    health: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A rule of docs/health.md, as in interval_s=1; may be repeated."),
+    ] = None,
     access_log: Annotated[str | None, typer.Option(help="JSON lines to this file; - for standard error.")] = None,
     otlp: Annotated[str | None, typer.Option(help="OpenTelemetry collector, http://HOST:PORT/v1/traces.")] = None,
     record: Annotated[
@@ -83,29 +83,23 @@ def start(
     origin_ns = time.time_ns()
     api_keys = None if keys is None else ApiKeys(keys)
     specs = [each.spec(each.model or _model(each, wait_s), os.environ) for each in listed]
-    with contextlib.ExitStack() as until_ready:
-        log = None if access_log is None else AccessLog(None if access_log == "-" else Path(access_log), origin_ns)
-        tracer = None if otlp is None else otlp_tracer(otlp, origin_ns, version())
-        serving = Serving(
-            GatewayConfig(
-                host,
-                choose_port("gateway") if port is None else port,
-                grace_s,
-                version(),
-                Limits(body_bytes_max=body_max),
-            ),
-            ServiceConfig(live_max, request_s),
-            HealthConfig(interval_s=health_interval_s, slow_factor=slow_factor, stall_s=stall_s),
-            specs,
-            api_keys,
-            RateLimits(RateLimit(rpm, tpm), None if api_keys is None else api_keys.limits),
-            log,
-            tracer,
-            {"policy": config.policy, "slo": config.slo, "engines": [each.url for each in specs]},
-            record,
-            _note,
-        )
-        until_ready.pop_all()
+    if record is not None:
+        unused(record)
+    serving = Serving(
+        GatewayConfig(
+            host, choose_port("gateway") if port is None else port, grace_s, version(), Limits(body_bytes_max=body_max)
+        ),
+        ServiceConfig(live_max, request_s),
+        _health(health or []),
+        specs,
+        api_keys,
+        RateLimits(RateLimit(rpm, tpm), None if api_keys is None else api_keys.limits),
+        None if access_log is None else AccessLog(None if access_log == "-" else Path(access_log), origin_ns),
+        None if otlp is None else otlp_tracer(otlp, origin_ns, version()),
+        {"policy": config.policy, "slo": config.slo, "engines": [each.url for each in specs]},
+        record,
+        _note,
+    )
     started = Started.now()
     if record is not None:
         prepare(record, plain)
@@ -119,6 +113,19 @@ def start(
         f"digest {served.digest.hex()}",
         flush=True,
     )
+
+
+def _health(given: Sequence[str]) -> HealthConfig:
+    rules: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--health {text}: expected KEY=VALUE, as in interval_s=1")
+        rules[key] = value
+    try:
+        return msgspec.convert(rules, HealthConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--health: {error}") from error
 
 
 def _model(engine: EngineConfig, wait_s: float) -> str:

@@ -731,10 +731,12 @@ def test_what_a_client_writes_about_priority_does_not_reach_an_engine_that_sched
 
 def test_an_engine_that_serves_the_larger_priority_first_is_told_the_negative() -> None:
     async def main() -> None:
-        async with scripted(lambda request: request.respond(200, ANSWER)) as engine:
-            async with serving([llm_spec(engine.port, adapter="sglang", priority_scheduling=True)]) as served:
-                await ask(served.port, CHAT, chat(), {"x-sage-priority": "3"})
-                assert [body.get("priority") for body in engine.bodies] == [-3]
+        async with (
+            scripted(lambda request: request.respond(200, ANSWER)) as engine,
+            serving([llm_spec(engine.port, adapter="sglang", priority_scheduling=True)]) as served,
+        ):
+            await ask(served.port, CHAT, chat(), {"x-sage-priority": "3"})
+            assert [body.get("priority") for body in engine.bodies] == [-3]
 
     run(main())
 
