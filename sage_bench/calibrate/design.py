@@ -4,8 +4,8 @@ A *round* is all of them once; a calibration repeats rounds, each in an order of
 machine does not fall on one condition. A round has
 
 * lone prompts of rising lengths, up to several times the token budget;
-* ladders: as many sequences as the engine takes, which end half by half, at a short, a middle and a long context: decode
-  at every power of two;
+* ladders: as many sequences as the engine takes, which end half by half, at contexts from the shortest to the longest:
+  decode at every power of two;
 * injections: prompts of rising lengths, one after another, into one running decode and into batches of them. What they
   take is read off the tokens of the others, so neither HTTP nor the API server is in it;
 * bursts: prompts sent at once.
@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple, TypeAlias
 
 from sage_bench.calibrate.shots import Shot
+from sage_sim.iteration import KNOT_MAX
 
 LADDER_TOKENS = 24
 """Iterations at each number of sequences."""
@@ -32,13 +33,15 @@ APART_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The engine's. positions: longest sequence. kv_tokens: of its cache."""
+    """The engine's. positions: longest sequence. kv_tokens: of its cache. prompt_min, prompt_max: of the prompts that can be,
+    and should be, made."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     positions: int
     kv_tokens: int
     prompt_min: int = 1
+    prompt_max: int = KNOT_MAX
 
 
 class Pace(NamedTuple):
@@ -63,10 +66,12 @@ class Volley(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """What varies. contexts: of the ladders. prompts: lengths of lone ones, rising."""
+    """What varies. prompts: lengths of lone ones, rising. contexts: of the ladders. tokens: of iterations, by which the time
+    of whatever works token by token can be told."""
 
     prompts: tuple[int, ...]
     contexts: tuple[int, ...]
+    tokens: tuple[int, ...]
     volleys: tuple[Volley, ...]
 
     def cost_s(self, pace: Pace) -> float:
@@ -76,7 +81,7 @@ class Design:
 
 def designed(limits: Limits, pace: Pace, round_s: float) -> Design:
     """The largest round that takes at most about ``round_s``: its longest prompts and contexts are what gives."""
-    longest = min(limits.positions, limits.kv_tokens) - LADDER_TOKENS
+    longest = min(min(limits.positions, limits.kv_tokens) - LADDER_TOKENS, limits.prompt_max)
     while True:
         design = _design(limits, pace, longest)
         if design.cost_s(pace) <= round_s or longest <= 8 * max(SHORT, limits.prompt_min):
@@ -90,19 +95,30 @@ def _design(limits: Limits, pace: Pace, longest: int) -> Design:
     prompts = _lengths(limits.prompt_min, budget, longest)
     steps = seqs.bit_length() + 1
     room = min(limits.kv_tokens // seqs, limits.positions) - steps * LADDER_TOKENS
-    contexts = tuple(sorted({short, max(short, min(longest // 4, room // 2)), max(short, min(longest, room))}))
+    farthest = max(short, min(longest, room))
+    contexts = tuple(sorted({short, *(max(short, farthest // part) for part in (16, 4, 1))}))
     volleys = [Volley("prefill", f"prompt {length}", (Shot(0, length, 1),)) for length in prompts]
     volleys += [Volley("decode", f"context {context}", ladder(seqs, context, budget)) for context in contexts]
-    inside = [length for length in prompts if length < budget]
-    for decoding in sorted({1, max(1, seqs // 4), max(1, seqs - 1)}):
-        lengths = inside if decoding == 1 else inside[-1::-2][::-1]
-        context = contexts[len(contexts) // 2] if decoding > 1 else short
-        shots = injections(decoding, context, [min(each, budget - decoding) for each in lengths], pace)
-        volleys.append(Volley("mixed", f"beside {decoding}", shots))
+    injected = _injected(short, min(budget, longest))
+    batches = {(1, short), (max(1, seqs // 4), contexts[-2]), (seqs - 1, short), (seqs - 1, contexts[-2])}
+    for decoding, context in sorted(batches):
+        if decoding:
+            lengths = injected if decoding == 1 else injected[-1::-2][::-1]
+            shots = injections(decoding, context, [min(each, budget - decoding) for each in lengths], pace)
+            volleys.append(Volley("mixed", f"beside {decoding} of {context}", shots))
+    together = set()
     for count in sorted({min(seqs, 4), seqs}):
         length = max(short, min(budget // (2 * count), longest))
         volleys.append(Volley("burst", f"prompts {length}", (Shot(0, length, 1),) * count))
-    return Design(prompts, contexts, tuple(volleys))
+        together.add(max(count - 1, 1) * length)  # the first usually goes alone
+    decodes = {1 << n for n in range(seqs.bit_length())} | {seqs}
+    tokens = {
+        *decodes,
+        *(length for length in prompts if length <= budget),
+        *(length + 1 for length in injected),
+        *together,
+    }
+    return Design(prompts, contexts, tuple(sorted(tokens)), tuple(volleys))
 
 
 def ladder(seqs: int, context: int, budget: int) -> tuple[Shot, ...]:
@@ -131,22 +147,24 @@ def injections(seqs: int, context: int, lengths: Sequence[int], pace: Pace) -> t
 
 
 def _lengths(low: int, budget: int, longest: int) -> tuple[int, ...]:
-    """Powers of two from the shortest prompt to the budget, the budget itself, and beyond it."""
-    lengths = {max(low, 2)}
-    power = SHORT
-    while power < min(budget, longest):
-        lengths.add(max(power, low))
-        power *= 2
-    lengths |= {min(budget, longest), min(2 * budget, longest), longest}
-    return tuple(sorted(lengths))
+    """The shortest prompt, halfway between powers of two to the budget, the budget itself, and beyond it."""
+    within = min(budget, longest)
+    halfway = {max(3 * power // 2, low) for power in _powers(SHORT, within)}
+    beyond = {min(2 * budget, longest), longest}
+    return tuple(sorted({max(low, 2), within} | {each for each in halfway if each < within} | beyond))
+
+
+def _injected(low: int, within: int) -> tuple[int, ...]:
+    """Powers of two, so that together with the lone prompts no octave is told by one length alone: kernels work in tiles, and
+    one token more than a tile can take as long as a whole one."""
+    return tuple(sorted({max(power, low) for power in _powers(SHORT, within)} | {within - 1}))
+
+
+def _powers(low: int, high: int) -> list[int]:
+    """Powers of two from ``low`` (one of them), below ``high``."""
+    return [low << n for n in range(high.bit_length()) if low << n < high]
 
 
 def _cost_s(shots: Sequence[Shot], pace: Pace) -> float:
     prompts = sum(shot.input_tokens for shot in shots)
     return pace.token_s * prompts + pace.batch_s * (max(shot.output_tokens for shot in shots) + 2) + 0.05
-
-
-def token_knots(prompts: Sequence[int], limits: Limits) -> list[int]:
-    """Where the curve over an iteration's tokens may bend: at every number that decodes or lone prompts make."""
-    decodes = {1 << n for n in range(limits.max_num_seqs.bit_length())} | {limits.max_num_seqs}
-    return sorted(decodes | {length for length in prompts if length <= limits.max_num_batched_tokens})

@@ -31,11 +31,12 @@ from sage_sim.profile import Attention, Curve, FitError, Phase, Prefill, TimeMod
 
 Floats: TypeAlias = NDArray[np.float64]
 
-BEND_PRICE = 0.1
-SHORT_ATTENTION_PRICE = 0.02
-"""Of a bend, or of attention, as large as the shortest time observed: what it counts beside a relative error of 1."""
+BEND = 0.3
+SHORT_ATTENTION = 0.3
+"""A bend of the curve over tokens, and attention (of a lone short sequence, and of the pairs of the longest prompt), over
+the shortest time observed: as unlikely to be larger as an observation is to be off by more than the conditions scatter."""
 
-SCATTER_MIN = 0.01
+SCATTER_MIN = 0.003
 SCATTER_UNKNOWN = 0.05
 """Relative scatter that a condition is taken to have at least, and where it was met too seldom to tell."""
 
@@ -62,7 +63,17 @@ class Terms:
         counts = {"token": len(self.tokens), "decode": cells}
         self._at: dict[str, slice] = {}
         end = 0
-        for name in ("token", "head", "decode", "base", "pair", "mixed_seq", "mixed_seq_token", "ingress"):
+        for name in (
+            "token",
+            "head",
+            "decode",
+            "base",
+            "pair",
+            "mixed_seq",
+            "mixed_kv_token",
+            "mixed_seq_token",
+            "ingress",
+        ):
             count = counts.get(name, 1)
             self._at[name] = slice(end, end + count)
             end += count
@@ -101,11 +112,11 @@ class Terms:
     # --- equations ----------------------------------------------------------------------------------------------------
 
     def _system(self, observations: Sequence[Repeated]) -> tuple[Floats, Floats, Floats]:
-        """Rows (n, unknowns), times (n,) in us, and weights (n,)."""
+        """Rows (n, unknowns), times (n,) in us, and weights (n,): one over the relative scatter."""
         scatter = np.array([each.scatter if each.times > 2 else SCATTER_UNKNOWN for each in observations])
         floor = max(SCATTER_MIN, float(np.median(scatter)))  # of few repetitions, little scatter is luck
         rows = np.stack([self._row(each.median) for each in observations])
-        return rows, np.array([each.median.time_us for each in observations]), floor / np.maximum(scatter, floor)
+        return rows, np.array([each.median.time_us for each in observations]), 1 / np.maximum(scatter, floor)
 
     def _row(self, observation: Observation) -> Floats:
         row = np.zeros(self._count)
@@ -128,6 +139,7 @@ class Terms:
             row[self._at["base"]] = 1
             row[self._at["pair"]] = work.attention2 / 2
             row[self._at["mixed_seq"]] = work.seqs
+            row[self._at["mixed_kv_token"]] = work.kv_tokens
             row[self._at["mixed_seq_token"]] = work.seqs * work.prefill_tokens / work.chunks
         return row
 
@@ -140,17 +152,20 @@ class Terms:
         return np.asarray(solution / scale)
 
     def _prices(self) -> Floats:
-        """Rows, in us: bends of the token curve, and attention at the shortest context."""
+        """Rows, in us: bends of the token curve, and attention."""
         found = []
         values = np.stack([_values(self.tokens, knot) for knot in self.tokens])
         for low, middle, high in zip(range(len(values)), range(1, len(values)), range(2, len(values)), strict=False):
             row = np.zeros(self._count)
             share = (self.tokens[middle] - self.tokens[low]) / (self.tokens[high] - self.tokens[low])
-            row[self._at["token"]] = BEND_PRICE * (values[middle] - (1 - share) * values[low] - share * values[high])
+            row[self._at["token"]] = (values[middle] - (1 - share) * values[low] - share * values[high]) / BEND
             found.append(row)
+        row = np.zeros(self._count)
+        row[self._at["pair"]] = self.tokens[-1] ** 2 / 2 / SHORT_ATTENTION
+        found.append(row)
         if self.seqs:
             row = np.zeros(self._count)
-            row[self._at["decode"].start] = SHORT_ATTENTION_PRICE
+            row[self._at["decode"].start] = 1 / SHORT_ATTENTION
             found.append(row)
         return np.array(found).reshape(-1, self._count)
 
@@ -166,7 +181,8 @@ class Terms:
             return TimeModel(token=Curve(self.tokens, [max(each, 0.001) for each in token]), prefill=prefill)
         steps = of["decode"].reshape(len(self.seqs), len(self.contexts))
         decode = steps.cumsum(axis=0).cumsum(axis=1)
-        mixed = decode + float(of["mixed_seq"][0]) * np.array(self.seqs)[:, None]
+        seqs, contexts = np.array(self.seqs)[:, None], np.array(self.contexts)[None, :]
+        mixed = decode + seqs * (of["mixed_seq"] + of["mixed_kv_token"] * contexts)
         head = float(of["head"][0])
         return TimeModel(
             token=Curve(self.tokens, [max(each, 0.001) for each in token]),

@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from sage_bench.calibrate.design import Design, Limits, Pace, Volley, designed, token_knots
+from sage_bench.calibrate.design import Design, Limits, Pace, Volley, designed
 from sage_bench.calibrate.fit import Fit, Terms
 from sage_bench.calibrate.observation import (
     Observation,
     Repeated,
+    mended,
     of_burst,
     of_decode,
     of_mixed,
@@ -97,10 +98,11 @@ async def calibrate(
     design = designed(limits, pace, ROUNDS_SHARE * budget_s / ROUNDS_MIN)
     fired, rounds = await _rounds(at, design, pace, began + ROUNDS_SHARE * budget_s, streams, say)
     observations = _observed(fired, limits.max_num_batched_tokens, pace)
-    fit = Terms(*_knots(design, limits)).solved(observations)
-    errors = Terms(*_knots(design, limits)).errors(observations, streams)
+    terms = _terms(design, limits)
+    fit, errors = terms.solved(observations), terms.errors(observations, streams)
     replica, asynchronous, api_share = _scheduled(fit, limits, engine, fired)
-    tried = await _tried(at, replica, limits, budget_s, streams, say)
+    seen = replace(limits, prompt_max=design.prompts[-1])
+    tried = await _tried(at, replica, seen, budget_s, streams, say)
     seconds = time.monotonic() - began
     return Calibrated(
         limits, design, observations, fit, errors, asynchronous, api_share, tried, rounds, at.fired, seconds
@@ -159,7 +161,7 @@ async def _rounds(
         began = time.monotonic()
         for number in order.permutation(len(design.volleys)).tolist():
             volley = design.volleys[number]
-            fired.append((volley, await at.shoot(volley.shots)))
+            fired.append((volley, mended(await at.shoot(volley.shots))))
         rounds += 1
         longest_s = max(longest_s, time.monotonic() - began)
         say(f"round {rounds}: {len(design.volleys)} volleys in {time.monotonic() - began:.1f} s")
@@ -180,9 +182,9 @@ def _observed(fired: Sequence[tuple[Volley, Answers]], budget: int, pace: Pace) 
     return repeated(found)
 
 
-def _knots(design: Design, limits: Limits) -> tuple[list[int], list[int], list[int]]:
+def _terms(design: Design, limits: Limits) -> Terms:
     powers = [1 << n for n in range(limits.max_num_seqs.bit_length())]
-    return token_knots(design.prompts, limits), sorted({*powers, limits.max_num_seqs}), list(design.contexts)
+    return Terms(design.tokens, sorted({*powers, limits.max_num_seqs}), design.contexts)
 
 
 # --- what only a simulation can tell --------------------------------------------------------------------------------
@@ -237,12 +239,15 @@ async def _tried(
 
 
 def held_out(limits: Limits, rate: float, span_s: float, streams: Streams, name: str) -> list[Shot]:
-    """Poisson arrivals at ``rate`` over ``span_s``, prompts of log-uniform lengths up to a quarter of what fits."""
+    """Poisson arrivals at ``rate`` over ``span_s``, prompts of log-uniform lengths up to half the longest one allowed, and to
+    a quarter of what the KV cache holds for each sequence."""
     rng = streams.stream(name)
     count = max(REQUESTS_MIN, round(rate * span_s))
     at_ns = np.cumsum(rng.exponential(1e9 / rate, count)).astype(np.int64)
     low = max(limits.prompt_min, 24)
-    high = max(low + 1, min(limits.positions, limits.kv_tokens // limits.max_num_seqs, 4096) // 4)
+    high = max(
+        low + 1, min(limits.positions, limits.kv_tokens // limits.max_num_seqs, 4096, limits.prompt_max * 2) // 4
+    )
     inputs = np.exp(rng.uniform(math.log(low), math.log(high), count)).astype(np.int64)
     outputs = rng.integers(OUTPUTS[0], OUTPUTS[1] + 1, count)
     return [Shot(*each) for each in zip(at_ns.tolist(), inputs.tolist(), outputs.tolist(), strict=True)]
@@ -251,13 +256,9 @@ def held_out(limits: Limits, rate: float, span_s: float, streams: Streams, name:
 def _capacity(replica: LlmReplica, limits: Limits, streams: Streams) -> float:
     """Requests a second of the held-out kind that the simulated engine completes when it always has some waiting."""
     shots = [
-        replace_at(shot, 0) for shot in held_out(limits, 1.0, 8.0 * limits.max_num_seqs, streams, "calibrate/capacity")
+        shot._replace(at_ns=0)
+        for shot in held_out(limits, 1.0, 8.0 * limits.max_num_seqs, streams, "calibrate/capacity")
     ]
     ended_s = simulated(replica, shots, np.zeros(len(shots), np.int64)).e2e
     middle = np.sort(ended_s)[: len(shots) - limits.max_num_seqs]  # until the batch begins to empty
     return float(len(middle) / middle[-1])
-
-
-def replace_at(shot: Shot, at_ns: int) -> Shot:
-    """The same request at another instant."""
-    return shot._replace(at_ns=at_ns)

@@ -15,7 +15,7 @@ here:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
@@ -28,6 +28,9 @@ from sage_sim.profile import Phase
 
 Works: TypeAlias = tuple[tuple[float, IterationWork], ...]
 """Iterations that follow one another, each with how often it takes place."""
+
+TWO_TOKENS = 1.6
+"""Least length of a gap in which two tokens may have come, over the median gap."""
 
 SLOPE_TOKENS_MIN = 8
 EDGE_TOKENS = 2
@@ -99,7 +102,7 @@ def of_mixed(answers: Answers, budget: int, name: str) -> list[Observation]:
         for i in decodes:
             of = answers.tokens_ns[i]
             low = int(np.searchsorted(of, sent)) - 1
-            high = int(np.searchsorted(of, first, side="right")) + EDGE_TOKENS
+            high = int(np.searchsorted(of, first, side="right")) + 1  # at the end of an iteration like the first
             if answers.whole(i) and sent > started and high < len(of) and of[high] <= next_sent:
                 spans.append(float(of[high] - of[low]) / 1e3)
                 counts.append(high - low)
@@ -131,6 +134,26 @@ def of_burst(answers: Answers, budget: int, name: str, apart_ns: float) -> list[
         time_us = float(np.median(answers.first_ns[group]) - np.median(answers.first_ns[before])) / 1e3
         found.append(Observation(Condition("prefill", f"{name}, {len(sizes)} at once", False), ((1.0, work),), time_us))
     return found
+
+
+def mended(answers: Answers) -> Answers:
+    """With an instant for every token, where servers that were late put two into one event and it is clear where.
+
+    It is clear when there are as many gaps of two iterations as tokens without an instant, where a gap in which another
+    answer began is not counted: a prefill makes it long.
+    """
+    firsts = np.sort(answers.first_ns)
+    tokens_ns = list(answers.tokens_ns)
+    for i, of in enumerate(tokens_ns):
+        missing = answers.shots[i].output_tokens - len(of)
+        if missing < 1 or len(of) < SLOPE_TOKENS_MIN:
+            continue
+        gaps = np.diff(of)
+        begun = {int(np.abs(of[1:] - first).argmin()) for first in firsts.tolist()}
+        long = [int(j) for j in np.flatnonzero(gaps > TWO_TOKENS * np.median(gaps)) if int(j) not in begun]
+        if len(long) == missing:
+            tokens_ns[i] = np.sort(np.concatenate([of, (of[long] + of[[j + 1 for j in long]]) // 2]))
+    return replace(answers, tokens_ns=tokens_ns)
 
 
 class Repeated(NamedTuple):

@@ -69,7 +69,9 @@ class Range:
         measured = await generate(load, options)
         columns = dict(zip(FIELDS, measured.rows.T, strict=True))
         _check(columns, self._options.url)
-        first_ns, ended_ns = columns["first_token_ns"], columns["ended_ns"]
+        ended_ns = columns["ended_ns"]
+        # A lone token may be no text of its own (half a character), and the event that ends an answer then shows none.
+        first_ns = np.where(columns["first_token_ns"] < 0, ended_ns, columns["first_token_ns"])
         tokens_ns: list[NDArray[np.int64]] = []
         if self._kind != RequestKind.EMBEDDING:
             assert measured.gaps is not None

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from sage_bench.calibrate.shots import Answers, Shot
 from sage_core.commands import AnyCommand, Dispatch, Task
 from sage_core.events import AnyEvent, TaskFailed, TaskFinished, TokensProduced
-from sage_core.load import Contents
 from sage_core.units import NEVER, request_of, task_id
 from sage_sim.engine import EmbedReplica, LlmReplica, SimulatedDevice
 
@@ -19,8 +18,8 @@ Floats = NDArray[np.float64]
 
 
 class Latencies(NamedTuple):
-    """(n,) seconds, from the instants at which requests were sent. Of an embedding engine there is only ``e2e``; TPOT is
-    NaN where there is one token."""
+    """(n,) seconds, from the instants at which requests were sent. TTFT is NaN of an embedding, TPOT where there is no second
+    token."""
 
     ttft: Floats
     tpot: Floats
@@ -39,9 +38,7 @@ def simulated(replica: LlmReplica | EmbedReplica, shots: Sequence[Shot], sent_ns
     Raises ValueError when it cannot serve one of them.
     """
     llm, embed = (replica, None) if isinstance(replica, LlmReplica) else (None, replica)
-    device = SimulatedDevice(
-        0, "twin", llm, embed, lambda request: shots[request].output_tokens, contents=lambda request: _NOTHING_SHARED
-    )
+    device = SimulatedDevice(0, "twin", llm, embed, lambda request: shots[request].output_tokens)
     first_ns, ended_ns = np.zeros(len(shots), np.int64), np.zeros(len(shots), np.int64)
 
     def told(now: int, events: Sequence[AnyEvent]) -> None:
@@ -66,12 +63,10 @@ def simulated(replica: LlmReplica | EmbedReplica, shots: Sequence[Shot], sent_ns
     return _latencies(shots, sent_ns, first_ns, ended_ns)
 
 
-_NOTHING_SHARED = Contents(1, ())
-
-
 def _latencies(
     shots: Sequence[Shot], sent_ns: NDArray[np.int64], first_ns: NDArray[np.int64], last_ns: NDArray[np.int64]
 ) -> Latencies:
     gaps = np.array([shot.output_tokens - 1 for shot in shots])
+    ttft = np.where(gaps >= 0, first_ns - sent_ns, np.nan)
     tpot = np.divide(last_ns - first_ns, gaps, out=np.full(len(gaps), np.nan), where=gaps > 0)
-    return Latencies((first_ns - sent_ns) / 1e9, tpot / 1e9, (last_ns - sent_ns) / 1e9)
+    return Latencies(ttft / 1e9, tpot / 1e9, (last_ns - sent_ns) / 1e9)

@@ -1,0 +1,203 @@
+"""``sage calibrate``, without its command line: :func:`calibrate_engine`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import uvloop
+
+from sage_bench.calibrate import embedding, llm
+from sage_bench.calibrate.design import Limits
+from sage_bench.calibrate.engine import Facts, ask, load
+from sage_bench.calibrate.files import (
+    Figure,
+    Origin,
+    doubtful,
+    embedding_device,
+    embedding_profile,
+    figures,
+    llm_device,
+    llm_profile,
+    write,
+)
+from sage_bench.calibrate.shots import PIPELINE, Range
+from sage_core.errors import ConfigError
+from sage_core.rng import Streams
+from sage_core.units import RequestKind
+from sage_live.loadgen.options import Model, Options
+from sage_live.loadgen.overhead import measure_overhead
+from sage_live.loadgen.prompts import Prompts, with_tokenizer
+from sage_sim.iteration import KNOT_MAX
+from sage_sim.profile import Profile
+
+TOKEN_IDS: Final = range(256, 4352)
+"""Of prompts made without a tokenizer: words and pieces of words in any vocabulary; special tokens lie elsewhere."""
+
+POSITIONS: Final = 4096
+KV_TOKENS: Final = 65536
+BLOCK_SIZE: Final = 16
+
+SCATTER_MAX: Final = 0.03
+"""Of the middle condition, relative: beyond it the error of a mean latency cannot be told within a few per cent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user asks for; None: as the engine says, else as assumed. budget_s: about how long it may take.
+    prompt_max: longest prompt measured. tokenizer: prompts are chats of exactly so many tokens; None: token ids."""
+
+    url: str
+    model: str | None = None
+    kind: Literal["llm", "embedding"] = "llm"
+    tokenizer: Path | None = None
+    budget_s: float = 120.0
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_tokens: int | None = None
+    prompt_max: int | None = None
+    max_batch_tasks: int = 32
+    max_batch_tokens: int = 16384
+    padding: bool = True
+    device: str | None = None
+    seed: int = 0
+
+
+class Report(NamedTuple):
+    """What came out. device: settings beside the profile, and ``beside`` their file. notes: what to know of it."""
+
+    profile: Profile
+    device: dict[str, Any]
+    beside: Path
+    figures: list[Figure]
+    scatter_pct: float
+    doubtful: list[str]
+    notes: list[str]
+    requests: int
+    seconds: float
+
+
+def calibrate_engine(wanted: Wanted, out: Path, say: Callable[[str], None] = lambda _: None) -> Report:
+    """Measure the engine, write ``out`` and the settings beside it. ``say`` hears of progress.
+
+    ConfigError: settings that do not go together, or an engine that is not idle. DataError: it does not answer as asked.
+    """
+    if out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--out: expected the name of a .yaml file, got {out}")
+    facts = ask(wanted.url, wanted.model)
+    before = load(wanted.url)
+    if before.busy:
+        raise ConfigError(f"engine {wanted.url}: {before.busy} requests are in it; calibrate when it has nothing to do")
+    report = uvloop.run(_calibrated(wanted, facts, out, say))
+    after = load(wanted.url)
+    if before.answered is not None and after.answered is not None:
+        others = after.answered - before.answered - report.requests
+        if others > 0:
+            note = f"the engine answered {others} requests of others meanwhile; what was measured contains them"
+            report.notes.append(note)
+    return report
+
+
+async def _calibrated(wanted: Wanted, facts: Facts, out: Path, say: Callable[[str], None]) -> Report:
+    # Words of its own for each calibration: the same again would be answered from the engine's prefix cache.
+    words = time.time_ns()
+    kind = RequestKind.EMBEDDING if wanted.kind == "embedding" else RequestKind.LLM_CHAT
+    notes: list[str] = []
+    if wanted.tokenizer is None:
+        if kind == RequestKind.EMBEDDING:
+            raise ConfigError("--tokenizer: needed, so that texts have exact lengths; give the model's tokenizer.json")
+        kind = RequestKind.LLM_GENERATE
+        ids = [str(number) for number in TOKEN_IDS]
+        prompts = Prompts(ids, seed=words, token_ids=True)
+        interface = "/v1/completions with token ids"
+        notes.append("prompts are token ids, so the time of chat templates and tokenisation is not in the profile")
+    else:
+        prompts = with_tokenizer(wanted.tokenizer, seed=words)
+        interface = "/v1/embeddings" if kind == RequestKind.EMBEDDING else "/v1/chat/completions"
+    options = Options(
+        wanted.url, {PIPELINE: Model(facts.model, prompts)}, fixed_lengths=True, chunk_times=True, timeout_s=120.0
+    )
+    if wanted.tokenizer is not None:
+        prompts = prompts.with_overhead(await measure_overhead(options, PIPELINE, kind))
+        options = replace(options, models={PIPELINE: Model(facts.model, prompts)})
+    at = Range(options, kind)
+    at.fired = int(wanted.tokenizer is not None)  # the one that told the template's tokens
+    streams = Streams(wanted.seed)
+    if wanted.kind == "embedding":
+        batching = embedding.Batching(
+            wanted.max_batch_tasks,
+            wanted.max_batch_tokens,
+            min(facts.positions or POSITIONS, wanted.prompt_max or POSITIONS),
+            wanted.padding,
+            prompts.overhead + 1,
+        )
+        found = await embedding.calibrate(at, batching, wanted.budget_s, streams, say)
+        origin = _origin(wanted, facts, out, interface, notes)
+        profile = embedding_profile(found, origin)
+        device = embedding_device(found, out)
+        return _report(profile, device, found, out, notes)
+    limits, engine, assumed = _limits(wanted, facts, prompts.overhead + 1)
+    measured = await llm.calibrate(at, limits, engine, wanted.budget_s, streams, say)
+    notes += assumed
+    origin = _origin(wanted, facts, out, interface, notes)
+    return _report(llm_profile(measured, origin), llm_device(measured, engine, out), measured, out, notes)
+
+
+def _limits(wanted: Wanted, facts: Facts, prompt_min: int) -> tuple[Limits, llm.LlmEngine, list[str]]:
+    assumed = []
+
+    def setting(name: str, given: int | None, told: int | None, otherwise: int) -> int:
+        if given is not None or told is not None:
+            return given if given is not None else told or 0
+        assumed.append(f"{name} {otherwise} is assumed; the engine does not say, and it was not given")
+        return otherwise
+
+    block_size = facts.block_size or BLOCK_SIZE
+    limits = Limits(
+        setting("max_num_seqs", wanted.max_num_seqs, None, 256),
+        setting("max_num_batched_tokens", wanted.max_num_batched_tokens, None, 2048),
+        setting("max_model_len", None, facts.positions, POSITIONS),
+        setting("kv_tokens", wanted.kv_tokens, facts.kv_tokens, KV_TOKENS),
+        prompt_min,
+        wanted.prompt_max or KNOT_MAX,
+    )
+    if limits.max_num_batched_tokens < limits.max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens: expected at least max_num_seqs = {limits.max_num_seqs}, got "
+            f"{limits.max_num_batched_tokens}"
+        )
+    caching = True if facts.prefix_caching is None else facts.prefix_caching
+    return limits, llm.LlmEngine(block_size, caching), assumed
+
+
+def _origin(wanted: Wanted, facts: Facts, out: Path, interface: str, assumed: list[str]) -> Origin:
+    return Origin(out.stem, facts, wanted.seed, wanted.budget_s, interface, wanted.device, list(assumed))
+
+
+def _report(
+    profile: Profile,
+    device: dict[str, Any],
+    found: llm.Calibrated | embedding.CalibratedEmbedding,
+    out: Path,
+    notes: list[str],
+) -> Report:
+    beside = write(profile, device, out)
+    scatter = sorted(each.scatter for each in found.observations)
+    if scatter[len(scatter) // 2] > SCATTER_MAX:
+        notes.append(
+            "repetitions scatter too much for a profile to be trusted; measure again on a machine with nothing else to do"
+        )
+    return Report(
+        profile,
+        device,
+        beside,
+        figures(found.tried),
+        100 * scatter[len(scatter) // 2],
+        doubtful(found.observations, found.fit.predicted_us.tolist()),
+        notes,
+        found.requests,
+        found.seconds,
+    )
