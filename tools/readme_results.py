@@ -1,4 +1,5 @@
-"""Fill the results section of README.md from what was run: ``make demo bench bench-sim bench-fidelity``, then this.
+"""Fill the results section of README.md from what was run: ``make demo bench bench-sim bench-fidelity bench-gateway
+bench-loadgen bench-faults bench-live bench-real``, then this. What was measured of the live half is told where it is there.
 
 No number in that section is typed: the table comes from ``results/demo``, speed and fidelity from ``results/bench``, and
 the conditions under which they were taken from the manifest.
@@ -29,6 +30,11 @@ def main() -> None:
     try:
         of = {name: read(options.results / "bench" / f"{name}.json") for name in ("core", "sim", "fidelity")}
         parts = [demo(options.results / "demo"), bench(of["core"]), simulation(of["sim"]), fidelity(of["fidelity"])]
+        parts += [
+            tell(read(path))
+            for name, tell in LIVE.items()
+            if (path := options.results / "bench" / f"{name}.json").exists()
+        ]
         section = "\n\n".join("\n".join(part) for part in parts)
     except (SageError, OSError) as error:
         print(f"readme_results: {error}; run `make demo bench bench-sim bench-fidelity` first", file=sys.stderr)
@@ -123,6 +129,78 @@ def fidelity(of: dict[str, Any]) -> list[str]:
         f"{of['prefill_heldout_mape_pct']:.1f} % (A100, dense sweep); steady TPOT of engines in service "
         f"{of['tpot_silicon_loo_pct']:.1f} %, leave-one-out.",
     ]
+
+
+def gateway(of: dict[str, Any]) -> list[str]:
+    """What the gateway costs."""
+    ours, other = "ours", "vllm_router"
+    pairs = {
+        name: (of.get(f"{ours}_{key}"), of.get(f"{other}_{key}"))
+        for name, key in (
+            ("JSON chat at 64 connections", "chat_c64_cpu_us"),
+            ("33-event streams at 16", "stream_c16_cpu_us"),
+            ("embeddings at 16", "embed_c16_cpu_us"),
+            ("a paced chunk", "paced_chunk_cpu_us"),
+        )
+    }
+    told = "; ".join(
+        f"{name} {mine:.0f}" + ("" if theirs is None else f" ({theirs:.0f})")
+        for name, (mine, theirs) in pairs.items()
+        if mine is not None
+    )
+    return [
+        f"Gateway (`make bench-gateway`, load average {of['load_average']:.1f}; a fast fake engine, the whole control plane in "
+        f"the path): CPU-microseconds a request, `vllm-router` in the same run in brackets: {told}. An arriving request "
+        f"whose engine is idle has left after {of['idle_dispatch_p99_us']:.0f} us (p99).",
+    ]
+
+
+def loadgen(of: dict[str, Any]) -> list[str]:
+    """What the load generator can do."""
+    return [
+        f"Load generator (`make bench-loadgen`, load average {of['load_average']:.1f}): {of['loadgen_chat_achieved']:,.0f} requests/s "
+        f"from one process with a send lag p99 of {of['loadgen_chat_send_lag_p99_ms']:.2f} ms and "
+        f"{of['loadgen_chat_cpu_us']:.0f} CPU-us a request; streams of 16 chunks {of['loadgen_stream16_cpu_us']:.0f} CPU-us.",
+    ]
+
+
+def live(of: dict[str, Any]) -> list[str]:
+    """Simulation against live code on emulated engines."""
+    errors = of["fidelity"]
+    chat = {key: value["mean_pct"] for key, value in errors.items() if "_chat_" in key}
+    worst = max(chat, key=lambda key: abs(chat[key]))
+    ranked = of["ranking"]
+    taus = ", ".join(
+        f"{name.replace('_', ' ')} {value['kendall_tau']:+.2f}"
+        for name, value in ranked.items()
+        if isinstance(value, dict)
+    )
+    return [
+        f"Live against simulated, on emulated engines (`make bench-live`, load average {of['load_average_before']:.1f}): mean "
+        f"TTFT, TPOT and E2E of chat at three loads within {abs(chat[worst]):.1f} % ({worst.replace('_', ' ')}). Order of "
+        f"{len(ranked['policies'])} policies on a mixed load at high utilisation, Kendall's tau between live and simulated: {taus}.",
+    ]
+
+
+def real(of: dict[str, Any]) -> list[str]:
+    """Simulation against a real engine."""
+    lines = []
+    for found in of.values():
+        errors = {key: value for key, value in found.items() if isinstance(value, dict)}
+        told = "; ".join(
+            f"{key.replace('_', ' ')} {value['mean_pct']:+.1f} ({value['noise_pct']:+.1f})"
+            for key, value in errors.items()
+        )
+        lines.append(
+            f"{found['engine']}, calibrated with {found['calibration_requests']} requests (`make bench-real`, load average "
+            f"{found['load_average_before']:.1f}): mean error in % of simulated against live, the difference between two "
+            f"live runs in brackets: {told}."
+        )
+    return ["\n\n".join(lines)]
+
+
+LIVE = {"gateway": gateway, "loadgen": loadgen, "live": live, "real": real}
+"""Benches of the live half, and how they are told."""
 
 
 if __name__ == "__main__":

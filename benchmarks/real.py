@@ -1,0 +1,181 @@
+"""How true the simulation of a *real* engine is, calibrated here: ``make bench-real`` prints a table and writes ``real.json``.
+
+vLLM's CPU build serves a small model on one core (``make install-live``); gateway and load generator have the other. It is
+calibrated with one designed set of requests (``sage calibrate``). Then other requests are sent through the gateway: other
+lengths, other arrival processes, loads from idle to saturated, each twice; and each live run is simulated with the
+calibrated profile. Errors stand beside the difference between the two live runs, below which no error means anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import live_engines  # noqa: E402
+
+from sage_bench.calibrate.session import Wanted, calibrate_engine  # noqa: E402
+from sage_bench.cli.calibrate import show  # noqa: E402
+from sage_bench.config import composed  # noqa: E402
+from sage_bench.live import run_live  # noqa: E402
+from sage_bench.validate.live import validate_run  # noqa: E402
+
+OUT = Path("results/bench/real.json")
+ENGINE_CORE, OUR_CORE = 1, 0
+
+LENGTHS = {
+    "tiny-random": ("{_target_: sage_bench.loads.Lognormal, median: 100, sigma: 0.5, low: 24, high: 400}",
+                    "{_target_: sage_bench.loads.Lognormal, median: 28, sigma: 0.5, low: 4, high: 96}"),
+    "smollm2": ("{_target_: sage_bench.loads.Lognormal, median: 60, sigma: 0.4, low: 24, high: 160}",
+                "{_target_: sage_bench.loads.Lognormal, median: 14, sigma: 0.4, low: 4, high: 40}"),
+}  # fmt: skip
+"""Prompt and output lengths of the predicted loads; calibration uses neither."""
+
+ARRIVALS = {
+    "idle": (0.06, "{_target_: sage_bench.loads.Constant}"),
+    "half": (0.5, "{_target_: sage_bench.loads.Gamma, cv: 1.5}"),
+    "busy": (0.8, "{_target_: sage_bench.loads.Poisson}"),
+    "saturated": (1.3, "{_target_: sage_bench.loads.Poisson}"),
+}
+"""Share of the capacity, and how requests arrive; calibration's held-out loads are Poisson."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--engine", choices=tuple(LENGTHS), default="tiny-random")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of load, each run")
+    parser.add_argument("--budget", type=float, default=150.0, help="seconds for the calibration")
+    parser.add_argument("--capacity", type=float, default=None, help="requests/s that saturate it; measured otherwise")
+    parser.add_argument("--loads", nargs="+", choices=tuple(ARRIVALS), default=list(ARRIVALS))
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    if (lacking := live_engines.missing()) is not None:
+        sys.exit(f"bench-real: {lacking}")
+    console = Console(highlight=False, width=110)
+    figures = json.loads(options.out.read_text()) if options.out.exists() else {}
+    os.sched_setaffinity(0, {OUR_CORE})
+    logs = ROOT / ".sage/logs/live"
+    engine = live_engines.start(options.engine, ENGINE_CORE, logs)
+    try:
+        engine.wait()
+        with tempfile.TemporaryDirectory(prefix="sage-bench-real-") as name:
+            found = measure(engine, options, Path(name), console)
+    finally:
+        engine.stop()
+    figures[options.engine] = found
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def measure(
+    engine: live_engines.Engine, options: argparse.Namespace, folder: Path, console: Console
+) -> dict[str, object]:
+    """Calibrate, then predict every load."""
+    profile = folder / "engine.yaml"
+    before = os.getloadavg()[0]
+    wanted = Wanted(engine.url, engine.model, budget_s=options.budget, max_num_seqs=16, prompt_max=1024)
+    report = calibrate_engine(wanted, profile, lambda line: console.print(line, style="dim", markup=False))
+    show(report, profile, console)
+    found: dict[str, object] = {
+        "engine": f"vLLM {live_engines.version('vllm')} (CPU), {engine.model}",
+        "load_average_before": before,
+        "calibration_s": report.seconds,
+        "calibration_requests": report.requests,
+        "calibration_scatter_pct": report.scatter_pct,
+    }
+    device = json.dumps({"node": "cpu", "llm": report.device})
+    lengths = LENGTHS[options.engine]
+    capacity = options.capacity or _capacity(engine, device, lengths, folder)
+    found["capacity_req_s"] = capacity
+    table = Table(
+        "load", "latency", "measured", "mean %", "p95 %", "noise %", title=f"{engine.model}: simulated against live"
+    )
+    for load in options.loads:
+        rate, arrivals = ARRIVALS[load]
+        runs = [
+            _live(engine, device, lengths, rate * capacity, arrivals, options.seconds, folder / f"{load}-{n}")
+            for n in (1, 2)
+        ]
+        errors = validate_run(runs[0], folder / f"validate-{load}", against=runs[1])
+        assert errors.noise_pct is not None
+        (kind,) = errors.kinds
+        for name, latency in errors.kinds[kind].items():
+            if name == "queue":
+                continue
+            mean, p95, noise = latency.mean.error_pct, latency.p95.error_pct, errors.noise_pct[kind][name]["mean"]
+            found[f"{load}_{name}"] = {
+                "measured_mean_ms": latency.mean.measured * 1e3,
+                "mean_pct": mean,
+                "p95_pct": p95,
+                "noise_pct": noise,
+                "requests": latency.samples,
+            }
+            shown = (f"{x:+.2f}" if x is not None else "" for x in (mean, p95, noise))
+            table.add_row(load, name, f"{latency.mean.measured * 1e3:.1f} ms", *shown)
+    console.print(table)
+    found["load_average_after"] = os.getloadavg()[0]
+    return found
+
+
+def _capacity(engine: live_engines.Engine, device: str, lengths: tuple[str, str], folder: Path) -> float:
+    """Requests/s that the engine completes when there are always more: a burst, from first arrival to last end."""
+    import pandas as pd
+
+    run = _live(
+        engine, device, lengths, 200.0, "{_target_: sage_bench.loads.Constant}", 0.6, folder / "burst", warmup=0
+    )
+    rows = pd.read_parquet(run / "requests.parquet")
+    return float(len(rows) / ((rows["ended_ns"].max() - rows["scheduled_ns"].min()) / 1e9))
+
+
+def _live(
+    engine: live_engines.Engine,
+    device: str,
+    lengths: tuple[str, str],
+    rate: float,
+    arrivals: str,
+    seconds: float,
+    results: Path,
+    warmup: float = 4.0,
+) -> Path:
+    overrides = [
+        "driver=live",
+        f"driver.engines=[{engine.url}]",
+        f"+driver.models.llm={engine.model}",
+        f"driver.tokenizer={live_engines.MODELS / engine.model}",
+        f"cluster.devices=[{_hydra(json.loads(device))}]",
+        "~load.classes",
+        "+load.classes={text: {_target_: sage_bench.loads.RequestClass, kind: generate, share: 1.0, tenants: default, "
+        f"priority: 0, input_tokens: {lengths[0]}, output_tokens: {lengths[1]}, output_tokens_max: 128}}}}",
+        f"load.arrivals={arrivals}" if "cv" not in arrivals else f"++load.arrivals={arrivals}",
+        f"load.rate={rate}",
+        f"load.duration_s={seconds}",
+        f"warmup_s={warmup}",
+        "policy=fifo",
+        f"results={results}",
+        f"seed={sum(map(ord, results.name[:-1])) % 1000}",  # the two runs of a load are of the same requests
+    ]
+    done = run_live(composed(overrides))
+    if done.summary.invalid:
+        print(f"INVALID: {'; '.join(done.summary.invalid)}")
+    return done.folder
+
+
+def _hydra(value: object) -> str:
+    """In the grammar of Hydra's overrides: keys without quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_hydra(inner)}" for key, inner in value.items()) + "}"
+    return f"'{value}'" if isinstance(value, str) else json.dumps(value)
+
+
+if __name__ == "__main__":
+    main()
