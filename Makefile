@@ -80,7 +80,7 @@ format: install  ## rewrite sources in the house style
 bench: install  ## decisions per CPU-second, and one simulation -> results/bench/core.json
 	$(BIN)/python benchmarks/core.py
 
-.PHONY: bench-fidelity bench-sim bench-gateway bench-loadgen bench-faults bench-live bench-real
+.PHONY: bench-fidelity bench-sim bench-gateway bench-loadgen bench-faults bench-live bench-real bench-emulated
 bench-fidelity: install  ## how true the simulated engine is to measurements -> results/bench/fidelity.json
 	$(BIN)/python benchmarks/fidelity.py
 bench-sim: install  ## simulated requests per CPU-second by scale, peak memory, jump speed-up -> results/bench/sim.json
@@ -93,6 +93,8 @@ bench-live: install  ## live runs on emulated engines against their simulation: 
 	$(BIN)/python benchmarks/live.py
 bench-real: install-live  ## a real engine calibrated here, other loads predicted: errors beside the noise -> results/bench/real.json
 	$(BIN)/python benchmarks/real.py
+bench-emulated: install  ## eight emulated engines and 1,000 requests/s on this machine: who pays -> results/bench/emulated.json
+	$(BIN)/python benchmarks/emulated.py
 bench-faults: install  ## engines killed, slow and hanging under load: who noticed, and when -> results/bench/faults.json
 	$(BIN)/python benchmarks/faults.py
 

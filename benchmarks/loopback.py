@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -90,6 +91,20 @@ def cpu_ns(process: psutil.Process) -> int:
         if libc.clock_getcpuclockid(each.pid, ctypes.byref(clock)) == 0:
             total += time.clock_gettime_ns(clock.value)
     return total
+
+
+def cpu_seconds() -> tuple[float, float, float]:
+    """The clock, the idle time of all cores, and the CPU time of this process and of its children that have ended."""
+    times = psutil.cpu_times()
+    mine = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.monotonic(), times.idle + times.iowait, sum(each.ru_utime + each.ru_stime for each in mine)
+
+
+def others_share(before: tuple[float, float, float]) -> float:
+    """The share of all cores that programs other than ours have had since: above a few per cent, measure again."""
+    elapsed_s, idle_s, mine_s = (now - then for now, then in zip(cpu_seconds(), before, strict=True))
+    whole = elapsed_s * (psutil.cpu_count() or 1)
+    return max(0.0, whole - idle_s - mine_s) / whole
 
 
 def set_pace(backend: int, ms: float) -> None:

@@ -9,6 +9,10 @@ from typing import Final
 
 from sage_core.errors import ConfigError
 
+COUNT_MAX: Final = 2**31 - 1
+TOKENS_MAX: Final = 1 << 40
+"""What the plane can hold: beyond it, what an engine says is a defect of the engine."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -61,10 +65,12 @@ class Adapter:
             tokens = blocks * int(labels["block_size"])
         except (KeyError, ValueError):
             blocks = tokens = None
+        if blocks is None or tokens is None or not (0 < blocks <= COUNT_MAX and 0 < tokens <= TOKENS_MAX):
+            blocks = tokens = None
         return Load(
-            None if running is None else int(running),
-            None if waiting is None else int(waiting),
-            sum(used) / len(used) if used else None,
+            _count(running),
+            _count(waiting),
+            min(max(sum(used) / len(used), 0.0), 1.0) if used else None,
             blocks,
             tokens,
         )
@@ -114,6 +120,11 @@ def adapter(name: str) -> Adapter:
     if name not in ADAPTERS:
         raise ConfigError(f"adapter: unknown adapter {name!r}; known: {', '.join(ADAPTERS)}")
     return ADAPTERS[name]
+
+
+def _count(value: float | None) -> int | None:
+    """What can be a number of requests; an engine that says anything else has said nothing."""
+    return int(value) if value is not None and 0 <= value <= COUNT_MAX else None
 
 
 def _values(text: str, metric: str) -> list[float]:

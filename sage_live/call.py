@@ -61,12 +61,12 @@ class Call:
         "exact",
         "first_token_ns",
         "flow",
+        "given_up",
         "idle",
         "input_tokens",
         "kind",
         "model",
         "output_tokens",
-        "overdue",
         "path",
         "prompt_tokens",
         "reply",
@@ -127,5 +127,5 @@ class Call:
         self.output_tokens = 0
         self.arrived_ns = self.dispatched_ns = self.first_token_ns = -1
         self.deadline_ns = 0
-        self.overdue = False
-        """Whether it was given up because it took too long."""
+        self.given_up: ApiError | None = None
+        """Why we cancelled it, where its client did not."""

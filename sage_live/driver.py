@@ -8,6 +8,7 @@ The log has the form of a simulated run's, so it replays the same way.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
@@ -18,6 +19,8 @@ from sage_core.errors import IllegalEvent
 from sage_core.native_plane import Plane
 from sage_core.stepper import ColumnRecorder, Recorder, Stepper
 from sage_core.units import NEVER, Nanos
+
+_log = logging.getLogger(__name__)
 
 Post: TypeAlias = Callable[[e.AnyEvent], None]
 """Tells the driver what happened."""
@@ -66,6 +69,8 @@ class LiveDriver:
         self._ends: dict[int, Ended] = {}
         self._replica_next = 0
         self.broken: Exception | None = None
+        self.on_broken: Callable[[Exception], None] | None = None
+        """Told once, when the plane, a policy or a backend has broken its contract."""
         self.steps = 0
         self.control_ns = 0
         """CPU spent deciding: from the events of a turn to the commands, the log and the rows."""
@@ -181,7 +186,7 @@ class LiveDriver:
             self.control_ns += time.monotonic_ns() - started
             self.steps += 1
             for command in commands:
-                if isinstance(command, Dispatch | Cancel):
+                if isinstance(command, (Dispatch, Cancel)):  # a union would be made each time
                     backend = self._backend_of.get(command.replica)
                     if backend is not None:  # else it left in this turn, and the plane hears of it in the next
                         backend.carry_out(command)
@@ -212,9 +217,12 @@ class LiveDriver:
 
     def _break(self, error: Exception) -> None:
         self.broken = error
+        _log.error("the control plane broke", exc_info=error)
         ends, self._ends = self._ends, {}
         for request, ended in ends.items():
             ended(Fail(request, f"the control plane broke: {error}"))
+        if self.on_broken is not None:
+            self.on_broken(error)
 
     def _check(self) -> None:
         if self.broken is not None:

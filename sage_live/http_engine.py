@@ -22,7 +22,7 @@ from sage_live.driver import Post
 from sage_live.http.client import Exchange, Pool, UpstreamError
 from sage_live.http.wire import Headers
 from sage_live.pace import Pace
-from sage_live.wire import done_usage, number_after, with_field, without_usage
+from sage_live.wire import COUNT_MAX, done_usage, number_after, with_field, without_usage
 
 JSON: Final[tuple[tuple[bytes, bytes], ...]] = ((b"content-type", b"application/json"),)
 
@@ -72,9 +72,16 @@ class EngineSpec:
         adapter(self.adapter)
         if not self.model:
             raise ConfigError(f"engine {self.url}: model: expected the name that clients ask for, got ''")
-        for key in ("tasks_max", "batch_tokens_max"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"engine {self.url}: {key}: expected 1 or more, got {getattr(self, key)}")
+        for key, low, high in (
+            ("tasks_max", 1, 65536),
+            ("batch_tokens_max", 1, COUNT_MAX),
+            ("kv_tokens_max", 0, 1 << 40),
+        ):
+            if not low <= getattr(self, key) <= high:
+                raise ConfigError(f"engine {self.url}: {key}: expected {low} to {high}, got {getattr(self, key)}")
+        for key in ("fixed_ns", "input_token_ns", "output_token_ns", "output_seq_ns"):
+            if not 0 <= getattr(self, key) <= 1e15:
+                raise ConfigError(f"engine {self.url}: {key}: expected nanoseconds from 0, got {getattr(self, key)}")
 
 
 def blames_request(status: int) -> bool:
@@ -140,7 +147,7 @@ class HttpEngine:
                     try:
                         self._send(task, call)
                     except Exception as error:
-                        self._unsendable(task.task, call, error)
+                        self.unsendable(task.task, call, error)
         else:
             flight = self.flights.pop(command.task, None)
             if flight is not None:
@@ -212,7 +219,7 @@ class HttpEngine:
             try:
                 parts = take_apart(call.body)
             except Exception as error:
-                self._unsendable(each.task, call, error)
+                self.unsendable(each.task, call, error)
                 continue
             shared.setdefault(parts.key, []).append((each.task, parts))
         for members in shared.values():
@@ -235,7 +242,7 @@ class HttpEngine:
         try:
             self._post_embedding(flight, call.body, _headers(call))
         except Exception as error:
-            self._unsendable(task, call, error)
+            self.unsendable(task, call, error)
 
     def send_alone(self, task: int, call: Call) -> None:
         """An embedding task whose batch the engine refused."""
@@ -288,7 +295,7 @@ class HttpEngine:
         call.error = errors.upstream_failed(f"The engine's answer cannot be read: {why}.")
         self.post(e.TaskFailed(task, f"an answer that cannot be read: {why}", True))
 
-    def _unsendable(self, task: int, call: Call, error: Exception) -> None:
+    def unsendable(self, task: int, call: Call, error: Exception) -> None:
         """A body that nobody checked, or that cannot be taken apart: the end of its request, not of the control plane."""
         refusal = errors.bad_request(f"The body cannot be passed on to an engine: {error}", code="invalid_json")
         call.verdict = (refusal.status, refusal.body())
@@ -495,7 +502,10 @@ class _Batch(_Flight):
         if blames_request(self.status):
             # One client's bad input must not fail the others: each is asked again, alone.
             for task, (call, _) in self.members.items():
-                engine.send_alone(task, call)
+                try:
+                    engine.send_alone(task, call)
+                except Exception as error:
+                    engine.unsendable(task, call, error)
             return
         for task in self.members:
             engine.landed(task)

@@ -26,7 +26,10 @@ PIPELINES: Final = {RequestKind.LLM_CHAT: "chat", RequestKind.LLM_GENERATE: "gen
 """What a request of each kind goes through, on the pool of its model."""
 
 TENANTS_MAX: Final = 10_000
-"""Names of tenants that the plane may come to know: it remembers each for good."""
+"""Names of tenants that the plane may come to know: it remembers each for good. Whoever comes later is :data:`OTHERS`."""
+
+OTHERS: Final = "_others"
+"""Tenants beyond the last that the plane knows by name, all together."""
 
 OUTPUT_TOKENS_MAX: Final = 2**31 - 1
 """What a cap may come to; several choices of the longest answer that can be asked for would be more."""
@@ -40,19 +43,22 @@ GAP_MAX: Final = 1 << 16
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
     """live_max: requests that may be live at once; above it clients are told to come back. request_s: what a request
-    may take in all. output_tokens_max: assumed cap of a client that states none. trust_schedule: take the client's word
-    for when a request was scheduled and what its number is (a load generator on this machine)."""
+    may take in all. no_engine_s: what it may wait while no engine of its model is in service. output_tokens_max: assumed
+    cap of a client that states none. trust_schedule: take the client's word for when a request was scheduled, what its
+    number is, how long its prompt, and by which cap to plan (a load generator on this machine)."""
 
     live_max: int = 10_000
     request_s: float = 600.0
+    no_engine_s: float = 30.0
     output_tokens_max: int = 1024
     trust_schedule: bool = False
 
     def __post_init__(self) -> None:
         if self.live_max < 1:
             raise ConfigError(f"live_max: expected 1 or more, got {self.live_max}")
-        if not 0 < self.request_s <= 1e6:
-            raise ConfigError(f"request_s: expected seconds above 0, got {self.request_s!r}")
+        for key in ("request_s", "no_engine_s"):
+            if not 0 < getattr(self, key) <= 1e6:
+                raise ConfigError(f"{key}: expected seconds above 0, got {getattr(self, key)!r}")
 
 
 class Observer(Protocol):
@@ -82,7 +88,7 @@ class Served:
     def learn(self, bytes_: int, tokens: int) -> None:
         """An engine has counted the tokens of a prompt."""
         if bytes_ and tokens:
-            self.tokens_per_byte += (tokens / bytes_ - self.tokens_per_byte) * self.WEIGHT
+            self.tokens_per_byte += (min(tokens / bytes_, 4.0) - self.tokens_per_byte) * self.WEIGHT
 
 
 class InferenceService:
@@ -110,7 +116,8 @@ class InferenceService:
         self._health = health or HealthConfig()
         self.observe = observe
         self._on_state = on_state
-        self._tenants: set[str] = set()
+        self._tenants: set[str] = {"default"}
+        self._pools: dict[str, tuple[str, PoolKind]] = {}  # what each was first, for the plane never forgets
         self._request_next = 0
         self._skipped: set[int] = set()  # below the next number and not given out
         self._device_next = 0
@@ -128,10 +135,17 @@ class InferenceService:
                 f"engine {spec.url}: model {spec.model!r} is served as {served.kind.name} by pool {served.pool!r}, "
                 f"not as {spec.kind.name} by {pool!r}; engines of one model are of one kind"
             )
+        model, kind = self._pools.get(pool, (spec.model, spec.kind))
+        if (model, kind) != (spec.model, spec.kind):
+            raise ConfigError(
+                f"engine {spec.url}: pool {pool!r} is that of the {kind.name} engines of {model!r} for as long as this "
+                f"control plane runs; it cannot take {spec.model!r} as {spec.kind.name}"
+            )
         if spec.called in self.watches:
             raise ConfigError(f"engine {spec.called!r} is in service already; give this one another name")
         engine = HttpEngine(spec, self.calls, self._device_next)
         self._device_next += 1
+        self._pools[pool] = (spec.model, spec.kind)
         if served is None:
             served = self.models[spec.model] = Served(spec.model, spec.kind, pool)
         served.engines += 1
@@ -151,6 +165,9 @@ class InferenceService:
             served.engines -= 1
             if not served.engines:
                 del self.models[served.model]
+                for call in self.calls.values():
+                    if call.model == served.model:
+                        self._give_up(call, errors.overloaded(5.0, f"No engine of {call.model} is in service."))
 
     def set_policy(self, name: str) -> None:
         """Queued work is decided anew under it. The plane raises for an unknown one: check before."""
@@ -173,6 +190,22 @@ class InferenceService:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
+    def check(self, call: Call) -> Served:
+        """What serves the call. Raises ApiError where nothing will even be tried."""
+        if self.driver.broken is not None:
+            raise errors.internal()
+        served = self.models.get(call.model)
+        if served is None:
+            raise errors.model_not_found(call.model, sorted(self.models))
+        if (call.kind is RequestKind.EMBEDDING) != (served.kind is PoolKind.EMBEDDING):
+            wants = "embeddings" if served.kind is PoolKind.EMBEDDING else "chat or completions"
+            raise errors.bad_request(f"Model {call.model} serves {wants} only; use that endpoint.", param="model")
+        if self.draining:
+            raise errors.overloaded(5.0, "The gateway is shutting down.")
+        if self.driver.live >= self.config.live_max:
+            raise errors.overloaded(1.0)
+        return served
+
     def submit(
         self,
         call: Call,
@@ -191,24 +224,14 @@ class InferenceService:
         class. Raises ApiError where nothing is even tried.
         """
         driver = self.driver
-        if driver.broken is not None:
-            raise errors.internal()
-        served = self.models.get(call.model)
-        if served is None:
-            raise errors.model_not_found(call.model, sorted(self.models))
-        if (call.kind is RequestKind.EMBEDDING) != (served.kind is PoolKind.EMBEDDING):
-            wants = "embeddings" if served.kind is PoolKind.EMBEDDING else "chat or completions"
-            raise errors.bad_request(f"Model {call.model} serves {wants} only; use that endpoint.", param="model")
-        if self.draining:
-            raise errors.overloaded(5.0, "The gateway is shutting down.")
-        if driver.live >= self.config.live_max:
-            raise errors.overloaded(1.0)
+        served = self.check(call)
         if call.tenant not in self._tenants:
-            if len(self._tenants) >= TENANTS_MAX:
-                raise errors.overloaded(60.0, "The gateway knows too many tenants.")
-            self._tenants.add(call.tenant)
+            if len(self._tenants) < TENANTS_MAX:
+                self._tenants.add(call.tenant)
+            else:
+                call.tenant = OTHERS
         now = driver.now
-        at = now if scheduled_at is None else min(scheduled_at, now)
+        at = now if scheduled_at is None else max(0, min(scheduled_at, now))
         generates = call.kind is not RequestKind.EMBEDDING
         cap = min(output_tokens_max or self.config.output_tokens_max, OUTPUT_TOKENS_MAX) if generates else 0
         call.input_tokens = served.estimate(len(call.body)) if input_tokens is None else input_tokens
@@ -282,15 +305,16 @@ class InferenceService:
                 status, body = call.verdict
                 answer.complete(status, body, call.reply_type)
                 return status
+            if self.driver.broken is not None:
+                answer.fail(errors.internal())
+                return 500
             error = call.error or (
                 errors.overloaded(5.0, "The gateway is shutting down.")
                 if self.draining
                 else errors.upstream_failed(f"The request failed: {outcome.reason}.")
             )
-        elif call.overdue and call.dispatched_ns < 0 and not self._in_service(call.model):
-            error = errors.overloaded(5.0, f"No engine of {call.model} is in service.")
-        elif call.overdue:
-            error = errors.upstream_timeout(f"No answer within {self.config.request_s:g} s.")
+        elif call.given_up is not None:
+            error = call.given_up
         else:
             return 499
         answer.fail(error)
@@ -303,11 +327,20 @@ class InferenceService:
         """Once a second: what takes too long ends."""
         self._timer = asyncio.get_running_loop().call_later(1.0, self._sweep)
         now = self.driver.now
-        for number, call in self.calls.items():
-            if call.deadline_ns > now:
+        waited = now - int(self.config.no_engine_s * 1e9)
+        deserted = {model for model in self.models if not self._in_service(model)}
+        for call in self.calls.values():
+            if call.deadline_ns <= now:
+                self._give_up(call, errors.upstream_timeout(f"No answer within {self.config.request_s:g} s."))
+            elif not deserted:
                 break  # in order of arrival, and all may take as long
-            call.overdue = True
-            self.driver.cancel(number)
+            elif call.dispatched_ns < 0 and call.arrived_ns < waited and call.model in deserted:
+                self._give_up(call, errors.overloaded(5.0, f"No engine of {call.model} is in service."))
+
+    def _give_up(self, call: Call, error: errors.ApiError) -> None:
+        """The request is cancelled, and its client told why."""
+        call.given_up = error
+        self.driver.cancel(call.request)
 
     # --- the end --------------------------------------------------------------------------------------------------
 

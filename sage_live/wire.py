@@ -5,7 +5,12 @@ A key in quotes cannot be found inside a JSON string: there its quotes are escap
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
+
+COUNT_MAX: Final = 2**31 - 1
+"""Tokens that an engine may claim; more is a defect of the engine, and as good as no word at all."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -23,7 +28,7 @@ def with_field(body: bytes, key: bytes, value: object) -> bytes:
 
 
 def number_after(body: bytes, key: bytes) -> int:
-    """The whole number after the last ``key`` (with its quotes and colon); 0 if there is none."""
+    """The whole number after the last ``key`` (with its quotes and colon); 0 if there is none up to ``COUNT_MAX``."""
     at = body.rfind(key)
     if at < 0:
         return 0
@@ -31,7 +36,8 @@ def number_after(body: bytes, key: bytes) -> int:
     end = 0
     while end < len(digits) and 48 <= digits[end] <= 57:
         end += 1
-    return int(digits[:end]) if end else 0
+    number = int(digits[:end]) if end else 0
+    return number if number <= COUNT_MAX else 0
 
 
 def done_usage(data: bytes) -> tuple[int, int] | None:

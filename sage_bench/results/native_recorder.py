@@ -26,6 +26,9 @@ from sage_core.units import NEVER
 
 SCHEMAS: Final = {"requests": REQUESTS, "replicas": REPLICAS, "tasks": TASKS, "steps": STEPS}
 
+WRITING_MAX: Final = 4
+"""Row groups that may wait for the disk; beyond it, whoever records waits too."""
+
 Column: TypeAlias = tuple[int, list[_native.Buffer | None], int]
 """See ``Recorder.take`` in the stub of the native extension."""
 
@@ -119,7 +122,7 @@ class NativeRecorder(Recorder):
             if self._writer is None:
                 file.write(table)
             else:
-                while self._writing and self._writing[0].done():
+                while self._writing and (self._writing[0].done() or len(self._writing) >= WRITING_MAX):
                     self._writing.popleft().result()
                 self._writing.append(self._writer.submit(file.write, table))
 

@@ -250,6 +250,7 @@ class Gateway:
     # --- inference ------------------------------------------------------------------------------------------------
 
     def _chat(self, request: Request) -> None:
+        key = self.authorized(request)
         body = decode_chat(_json(request))
         call = Call(
             HttpAnswer(request, self.service),
@@ -260,9 +261,10 @@ class Gateway:
             stream=bool(body.stream),
             usage_asked=body.stream_options is not None and body.stream_options.include_usage is True,
         )
-        self._submit(request, call, (body.max_completion_tokens or body.max_tokens, body.n or 1))
+        self._submit(request, key, call, body.max_completion_tokens or body.max_tokens, body.n or 1)
 
     def _complete(self, request: Request) -> None:
+        key = self.authorized(request)
         body = decode_completion(_json(request))
         call = Call(
             HttpAnswer(request, self.service),
@@ -273,9 +275,11 @@ class Gateway:
             stream=bool(body.stream),
             usage_asked=body.stream_options is not None and body.stream_options.include_usage is True,
         )
-        self._submit(request, call, (body.max_tokens, body.n or 1))
+        prompts = len(body.prompt) if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else 1
+        self._submit(request, key, call, body.max_tokens, prompts * (body.n or 1))
 
     def _embed(self, request: Request) -> None:
+        key = self.authorized(request)
         body = decode_embedding(_json(request))
         call = Call(
             HttpAnswer(request, self.service),
@@ -284,28 +288,30 @@ class Gateway:
             EMBEDDINGS,
             request.body,
         )
-        self._submit(request, call, (None, 1))
+        self._submit(request, key, call, 0, 1)
 
-    def _submit(self, request: Request, call: Call, output: tuple[int | None, int]) -> None:
+    def _submit(self, request: Request, key: Key | None, call: Call, cap: int | None, answers: int) -> None:
+        """cap: of one answer, None where the client states none, 0 where nothing is generated; answers: that it wants."""
         headers = request.headers
-        key = self.authorized(request)
         wish = wishes(headers)
         call.tenant = key.tenant if key is not None else wish.tenant
-        cap, choices = output
-        if wish.output_tokens_max is not None:
-            cap = wish.output_tokens_max
-        elif cap is not None:
-            cap *= choices
         service = self.service
+        served = service.check(call)
+        trusted = service.config.trust_schedule
+        cap = (service.config.output_tokens_max if cap is None else cap) * answers
+        tokens = wish.input_tokens
+        if trusted:
+            cap = wish.output_tokens_max or cap
+        elif tokens is not None:  # what a client says is believed within reason: it is charged and planned by it
+            tokens = max(tokens, served.estimate(len(call.body)) // 4)
         if self._rates is not None:
-            served = service.models.get(call.model)
-            tokens = (wish.input_tokens or (served.estimate(len(call.body)) if served else 0)) + (cap or 0)
-            wait_ns = self._rates.take(call.tenant, service.driver.now, tokens)
+            asked = (served.estimate(len(call.body)) if tokens is None else tokens) + cap
+            wait_ns = self._rates.take(call.tenant, service.driver.now, asked)
             if wait_ns:
                 raise errors.rate_limited(wait_ns / 1e9)
         scheduled_at = number = None
         request_id = headers.get(b"x-request-id") or None
-        if service.config.trust_schedule:
+        if trusted:
             if wish.scheduled_ns:
                 scheduled_at = wish.scheduled_ns - service.driver.origin_ns
             if request_id is not None and len(request_id) < 20 and request_id.isdigit():
@@ -316,7 +322,7 @@ class Gateway:
             call,
             priority=priority,
             output_tokens_max=cap,
-            input_tokens=wish.input_tokens,
+            input_tokens=tokens,
             ttft_s=wish.ttft_s,
             e2e_s=wish.e2e_s,
             scheduled_at=scheduled_at,

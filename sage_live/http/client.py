@@ -250,6 +250,8 @@ def _endpoint(url: str) -> tuple[bool, str, int, str]:
         raise ConfigError(f"{url!r} is not a URL ({error}); {expected}") from error
     if parts.scheme not in ("http", "https") or not host or not host.isascii() or parts.query or parts.fragment:
         raise ConfigError(f"{url!r}: {expected}")
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(f"a URL with a user name or password in it ({parts.hostname}): keys are told apart from URLs")
     secure = parts.scheme == "https"
     return secure, host, port or _PORTS[secure], parts.path.rstrip("/")
 

@@ -295,7 +295,7 @@ def test_tenant_priority_and_objectives_reach_the_plane() -> None:
             await ask(served.port, CHAT, chat(), {"x-sage-priority": "3"})
             stated, plain, third = served.heard(e.RequestArrived)
             assert (stated.tenant, stated.priority, stated.pipeline) == ("alice", -2, f"chat@{LLM}")
-            assert (stated.input_tokens, stated.output_tokens_max) == (77, 500)
+            assert (stated.input_tokens, stated.output_tokens_max) == (77, 8)  # another cap is not for anybody to state
             assert stated.ttft_due_at - stated.scheduled_at == 250_000_000
             assert stated.due_at - stated.scheduled_at == 1_500_500_000
             assert (plain.tenant, plain.priority, plain.output_tokens_max) == ("default", 0, 8)
@@ -325,12 +325,13 @@ def test_tenant_priority_and_objectives_reach_the_plane() -> None:
 def test_a_schedule_is_believed_where_it_is_trusted() -> None:
     async def main() -> None:
         async with gateway(service=ServiceConfig(trust_schedule=True)) as (served, _):
-            due = time.monotonic_ns() - 50_000_000
-            headers = {"x-sage-scheduled-ns": str(due), "x-request-id": "7"}
+            due = time.monotonic_ns() - 1_000_000
+            headers = {"x-sage-scheduled-ns": str(due), "x-request-id": "7", "x-sage-output-tokens-max": "500"}
             reply = await ask(served.port, CHAT, chat(), headers)
             assert reply.headers["x-sage-request"] == "7"
             arrived = served.heard(e.RequestArrived)[0]
-            assert arrived.request == 7 and arrived.scheduled_at == due - served.service.driver.origin_ns
+            assert arrived.request == 7 and arrived.scheduled_at == max(0, due - served.service.driver.origin_ns)
+            assert arrived.output_tokens_max == 500
             # A number that was given out, one far ahead, and one that is no number: the next free one instead.
             for wanted, given in ("7", "8"), ("9" * 5000, "9"), ("x", "10"), ("3", "3"), ("3", "11"):
                 reply = await ask(served.port, CHAT, chat(), {"x-request-id": wanted})

@@ -49,7 +49,7 @@ def test_a_key_that_was_hidden_behind_escapes_counts_for_nothing() -> None:
         (b'{"usage":{"prompt_tokens":', 0),
         (b"{}", 0),
         (b'{"usage":{"prompt_tokens":-5}}', 0),
-        (b'{"usage":{"prompt_tokens":' + b"9" * 500 + b"}}", 10**24 - 1),
+        (b'{"usage":{"prompt_tokens":' + b"9" * 500 + b"}}", 0),
     ],
 )
 def test_a_number_is_found_without_decoding(body: bytes, expected: int) -> None:
