@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from packaging.requirements import Requirement
 DISTRIBUTION: Final = "sage-serving"
 PYTHON_MIN: Final = (3, 11)
 MEMORY_BYTES_MIN: Final = 1 << 30
+OPEN_FILES_MIN: Final = 4096
+"""A connection to the client and one to the engine for each of two thousand requests."""
+
 DISK_BYTES_MIN: Final = 1 << 30
 SHARED_TRACES: Final = Path("../shared/data")
 
@@ -70,6 +74,8 @@ def examine(results: Path, traces: Path = SHARED_TRACES) -> list[Check]:
         program("git", "a run's manifest cannot record the commit: install git"),
         gpu(),
         *(optional_package(name, distributions, advice) for name, (distributions, advice) in ENGINES.items()),
+        real_engines(Path(".sage/live")),
+        open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         shared_traces(traces),
     ]
 
@@ -187,6 +193,23 @@ def optional_package(name: str, distributions: tuple[str, ...], advice: str) -> 
         except metadata.PackageNotFoundError:
             continue
     return Check(name, Status.OPTIONAL, "not installed", advice)
+
+
+def real_engines(folder: Path) -> Check:
+    """vLLM's CPU build and llama.cpp, which the live tests start. Simulation, emulated engines and the gateway need none."""
+    if (folder / "bin" / "python").exists():
+        return Check("real engines", Status.OK, f"installed in {folder}")
+    advice = "for tests with real engines on a machine without a GPU: make install-live (3.2 GB, 5 minutes)"
+    return Check("real engines", Status.OPTIONAL, f"none in {folder}", advice)
+
+
+def open_files(soft: int, hard: int) -> Check:
+    """How many connections a gateway or a load generator may hold."""
+    if hard == resource.RLIM_INFINITY or hard >= OPEN_FILES_MIN:
+        return Check(
+            "open files", Status.OK, f"{soft} (up to {'any number' if hard == resource.RLIM_INFINITY else hard})"
+        )
+    return Check("open files", Status.OPTIONAL, f"at most {hard}", f"for many connections: ulimit -n {OPEN_FILES_MIN}")
 
 
 def shared_traces(folder: Path) -> Check:

@@ -204,3 +204,13 @@ def test_recorded_traces_are_counted(tmp_path: Path) -> None:
     for name in ("trace_a.parquet", "trace_b.parquet", "other.parquet"):
         tmp_path.joinpath(name).touch()
     assert doctor.shared_traces(tmp_path) == Check("recorded traces", Status.OK, f"2 in {tmp_path}")
+
+
+def test_real_engines_and_open_files_are_told(tmp_path: Path) -> None:
+    absent = doctor.real_engines(tmp_path)
+    assert absent.status is doctor.Status.OPTIONAL and "make install-live" in absent.advice
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").touch()
+    assert doctor.real_engines(tmp_path).status is doctor.Status.OK
+    assert doctor.open_files(256, 1024).status is doctor.Status.OPTIONAL
+    assert doctor.open_files(256, 4096).status is doctor.Status.OK
