@@ -7,12 +7,14 @@ constructor; everything else is a struct here. A wrong key, type or value is one
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
 import msgspec
 from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -192,7 +194,7 @@ class LiveDriverConfig(_Strict, frozen=True, tag_field="kind", tag="live"):
     models: what the engines of a pool call their model, where that is not the pool's name. tokenizer: a tokenizer.json,
     by which prompts have exact lengths; null: about as long. exact_output: engines are told to generate as many tokens
     as the load says (``ignore_eos``); else they stop by themselves. stream: LLM answers are streamed. processes: of the
-    load generator. drain_s: what the last requests may take after the load's end.
+    load generator. drain_s: what may pass after the last arrival of an open loop; then what has no answer is given up.
     """
 
     engines: list[str] = []
@@ -238,9 +240,25 @@ class RunConfig(_Strict, frozen=True):
 
 
 def composed(overrides: Sequence[str] = ()) -> DictConfig:
-    """What ``sage run`` with these overrides would run, for use from Python: ``run(composed(["policy=fifo"]))``."""
-    with initialize_config_module("sage_bench.conf", version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    """What ``sage run`` with these overrides would run, for use from Python: ``run(composed(["policy=fifo"]))``.
+
+    Raises ConfigError, in one line, for a choice or a key that does not exist.
+    """
+    try:
+        with initialize_config_module("sage_bench.conf", version_base="1.3"):
+            return compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"config: {' '.join(told_by_hydra(error).split())}") from error
+
+
+def told_by_hydra(error: Exception) -> str:
+    """Its message without its search path, and with our schema's advice for a key that does not exist."""
+    if unknown := re.match(r"Could not override '([^']+)'", str(error)):
+        hint = override_hint(unknown[1])
+        if hint is not None:
+            return hint
+    lines = itertools.takewhile(lambda line: line != "Config search path:", str(error).strip().splitlines())
+    return "\n".join(line for line in lines if line.strip())
 
 
 def checked(config: DictConfig | dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http.client
 import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 from sage_core.errors import ConfigError, EngineError
+from sage_live.http.client import _endpoint
+from sage_live.http_engine import EngineSpec
+
+VERSION_S = 2.0
+"""What an engine may take to say which it is."""
+
+
+def check_url(name: str, url: str) -> None:
+    """ConfigError that begins with ``name`` where ``url`` is none that an engine can be reached at."""
+    try:
+        _endpoint(url)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def models_of(url: str, *, wait_s: float = 0.0, api_key: str | None = None) -> list[str]:
@@ -34,6 +51,23 @@ def model_of(url: str, *, wait_s: float = 0.0, api_key: str | None = None) -> st
     if len(names) != 1:
         raise ConfigError(f"engine {url}: serves {', '.join(names) or 'no model'}; say which with model=NAME")
     return names[0]
+
+
+async def versions_of(specs: Sequence[EngineSpec]) -> dict[str, str]:
+    """By URL: what each engine says it is, "unknown" where it does not; all are asked at once."""
+    found = await asyncio.gather(*(asyncio.to_thread(_version, spec) for spec in specs))
+    return {spec.url: version for spec, version in zip(specs, found, strict=True)}
+
+
+def _version(spec: EngineSpec) -> str:
+    headers = {} if spec.api_key is None else {"Authorization": f"Bearer {spec.api_key}"}
+    request = urllib.request.Request(f"{spec.url.rstrip('/')}/version", headers=headers)
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+        with urllib.request.urlopen(request, timeout=VERSION_S) as answer:
+            told = json.load(answer)
+        if isinstance(told, dict):
+            return str(told.get("version", "unknown"))
+    return "unknown"
 
 
 def _names(told: Any) -> list[str]:

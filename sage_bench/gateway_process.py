@@ -7,6 +7,7 @@ life went.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from sage_bench.cli.leave import leave
 from sage_bench.config import checked
 from sage_bench.run import CONFIG_NAME
 from sage_bench.serving import Served, Serving, serve
+from sage_core import errors
 from sage_core.errors import SageError
 from sage_live.gateway.app import GatewayConfig
 from sage_live.health import HealthConfig
@@ -49,9 +51,11 @@ class Told(msgspec.Struct, frozen=True):
     counts: dict[str, int]
     replicas: list[dict[str, Any]]
     policy: str
-    states: list[tuple[str, str, str]]  # engine, state, why: in order
+    switches: list[tuple[int, str]]
+    states: list[tuple[int, str, str, str]]  # instant (ns), engine, state, why: in order
+    broken: tuple[str, str] | None  # class of the error and what it says
 
-    def served(self) -> Served:
+    def served(self, engines: Sequence[EngineSpec]) -> Served:
         """As in memory."""
         return Served(
             self.steps,
@@ -62,14 +66,27 @@ class Told(msgspec.Struct, frozen=True):
             self.replicas,
             self.policy,
             self.origin_ns,
+            self.switches,
+            engines,
+            self.states,
+            self.error(),
         )
+
+    def error(self) -> Exception | None:
+        """What broke the control plane, of the class it had if that was one of ours."""
+        if self.broken is None:
+            return None
+        name, text = self.broken
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, SageError):
+            return kind(text)
+        return RuntimeError(f"the control plane broke: {name}: {text}")
 
 
 def main(folder: Path) -> None:
     """Serve; SageError as from the command line."""
     job = msgspec.json.decode((folder / JOB).read_bytes(), type=Job)
     config, _ = checked(yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8")))
-    states: list[tuple[str, str, str]] = []
     served = serve(
         config,
         Serving(
@@ -78,7 +95,6 @@ def main(folder: Path) -> None:
             job.health,
             job.engines,
             record=folder,
-            on_state=lambda engine, state, why: states.append((engine, state, why)),
         ),
         lambda gateway, port: None,
     )
@@ -91,9 +107,13 @@ def main(folder: Path) -> None:
         dict(served.counts),
         [dict(row) for row in served.replicas],
         served.policy,
-        states,
+        list(served.switches),
+        list(served.states),
+        None if served.broken is None else (type(served.broken).__name__, str(served.broken)),
     )
     (folder / SERVED).write_bytes(msgspec.json.encode(told))
+    if served.broken is not None:
+        raise served.broken
 
 
 if __name__ == "__main__":

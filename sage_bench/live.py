@@ -10,33 +10,41 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import shutil
 import signal
 import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import uvloop
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
-from sage_bench.compose import Parts, device_makers, make_parts, price_per_h
-from sage_bench.config import DeviceConfig, LiveDriverConfig, checked
+from sage_bench.compose import Parts, device_makers, make, make_parts, price_per_h
+from sage_bench.config import DeviceConfig, LiveDriverConfig, LlmConfig, checked
+from sage_bench.discovery import check_url, versions_of
 from sage_bench.gateway_process import JOB, SERVED, Job, Told
 from sage_bench.live_manifest import Started, write_live_manifest
+from sage_bench.results.manifest import Status
 from sage_bench.run import prepare, run_id
-from sage_core.errors import ConfigError, EngineError
+from sage_bench.serving import Served
+from sage_core.errors import ConfigError, EngineError, SageError
 from sage_core.events import ReplicaJoined
-from sage_core.load import ColumnLoad
+from sage_core.load import Arrivals, ColumnLoad, Load
+from sage_core.rng import Streams
 from sage_core.units import PoolKind, RequestKind
 from sage_live.adapters import adapter
+from sage_live.health import State
 from sage_live.http_engine import EngineSpec
 from sage_live.loadgen.generator import Measured, generate
 from sage_live.loadgen.options import Model, Options
@@ -50,6 +58,11 @@ from sage_live.round_trip import round_trip_ns
 
 HEALTHY_S: Final = 60.0
 """What engines that are up may take to be found healthy by the gateway."""
+
+LOOKED_AT: Final = 10_000
+"""Requests of the load that are looked at beforehand, for what they ask."""
+
+STATES_TOLD: Final = 10
 
 KIND_OF: Final = {"chat": RequestKind.LLM_CHAT, "generate": RequestKind.LLM_GENERATE, "embed": RequestKind.EMBEDDING}
 
@@ -72,7 +85,8 @@ def run_live(
     composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), tell: Tell = lambda text: None
 ) -> LiveResult:
     """Run once and write ``results/<name>/<run id>/``. Raises SageError. Ctrl-C ends the load early; what was measured
-    stays."""
+    stays. A run that ends before anything was sent leaves no folder. One whose gateway ended by itself is told by an
+    EngineError and keeps what the generator saw; its manifest says ``failed``."""
     config, plain = checked(composed)
     if not isinstance(config.driver, LiveDriverConfig):
         raise ConfigError(f"driver: expected live, got {type(config.driver).__name__}")
@@ -86,23 +100,35 @@ def run_live(
     prepare(folder, plain)
     started = Started.now()
     wall = time.perf_counter()
-    measured, told, specs, versions, round_trips, interrupted = uvloop.run(_measure(parts, config.driver, folder, tell))
-    verdict = summary(measured, fixed_lengths=config.driver.exact_output)
+    try:
+        seen = uvloop.run(_measure(parts, config.driver, folder, tell))
+        if not len(seen.measured.rows) and (seen.interrupted or seen.ended is not None):
+            raise seen.ended or _InterruptedError
+    except BaseException as error:
+        if not _any_request(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, _InterruptedError):
+            raise KeyboardInterrupt from None
+        raise
+    verdict = summary(seen.measured, fixed_lengths=config.driver.exact_output)
     write_client(
         folder / "client.parquet",
-        client_table(_on_gateway_clock(measured, told), measured.gaps, round(config.warmup_s * 1e9)),
+        client_table(_on_gateway_clock(seen), seen.measured.gaps, round(config.warmup_s * 1e9)),
     )
+    unknown = Served(0, b"", 0, 0.0, {}, [], parts.policy.name, 0, engines=seen.specs)  # it could not tell any more
+    served = unknown if seen.told is None else seen.told.served(seen.specs)
+    failure = seen.ended or served.broken
+    status: Status = "failed" if failure is not None else "interrupted" if seen.interrupted else "complete"
     write_live_manifest(
         folder,
         config,
         plain,
-        told.served(),
+        served,
         started,
         source="live" if config.driver.engines else "emulated",
-        status="interrupted" if interrupted else "complete",
-        specs=specs,
-        versions=versions,
-        round_trips=round_trips,
+        status=status,
+        versions=seen.versions,
+        round_trips=seen.round_trips,
         rate=getattr(parts.load, "rate", None),
         overrides=overrides,
         profiles=parts.profiles,
@@ -110,7 +136,66 @@ def run_live(
         generator=verdict.as_dict(),
         invalid=verdict.invalid,
     )
-    return LiveResult(folder, told, verdict, interrupted, parts.warnings, time.perf_counter() - wall)
+    if failure is not None:
+        kind = type(failure) if isinstance(failure, SageError) else EngineError
+        raise kind(
+            f"{failure}\n{folder}: failed; {verdict.requests:,} requests came due before that, and client.parquet has what "
+            f"became of them{_told_failures(verdict)}"
+        ) from failure
+    assert seen.told is not None
+    warnings = [*parts.warnings, *_doubts(seen, verdict, config.driver)]
+    return LiveResult(folder, seen.told, verdict, seen.interrupted, warnings, time.perf_counter() - wall)
+
+
+def _any_request(folder: Path) -> bool:
+    """Whether the gateway had anything to record."""
+    with suppress(OSError, pa.ArrowInvalid):
+        return bool(pq.read_metadata(folder / "requests.parquet").num_rows)
+    return False
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C before anything was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What was measured. told: how the gateway's life went, None where ``ended`` says that it ended by itself. cut: the
+    generator gave up what had no answer ``drain_s`` after the last arrival."""
+
+    measured: Measured
+    told: Told | None
+    ended: EngineError | None
+    specs: list[EngineSpec]
+    versions: dict[str, str]
+    round_trips: dict[str, int]
+    interrupted: bool
+    cut: bool
+
+
+def _doubts(seen: _Seen, verdict: Summary, driver: LiveDriverConfig) -> list[str]:
+    """What did not go as it should, for people to read."""
+    notes = []
+    if seen.cut:
+        notes.append(
+            f"driver.drain_s: {verdict.failures.get('cut', 0):,} requests had no answer {driver.drain_s:g} s after the last "
+            "arrival and were given up"
+        )
+    states = [each for each in (seen.told.states if seen.told is not None else []) if each[2] != State.HEALTHY]
+    notes += [
+        f"engine {name}: {state} at {at / 1e9:.1f} s{f' ({why})' if why else ''}"
+        for at, name, state, why in states[:STATES_TOLD]
+    ]
+    if len(states) > STATES_TOLD:
+        notes.append(f"{len(states) - STATES_TOLD:,} more changes of engines' states (manifest.json)")
+    if verdict.failures and not seen.interrupted:
+        notes.append(f"the generator counts{_told_failures(verdict).removeprefix(',')}")
+    return notes
+
+
+def _told_failures(verdict: Summary) -> str:
+    failed = ", ".join(f"{name} {count:,}" for name, count in verdict.failures.items())
+    return f", {sum(verdict.failures.values()):,} failures: {failed}" if failed else ""
 
 
 def _fresh(folder: Path) -> Path:
@@ -133,56 +218,178 @@ def _check(parts: Parts, driver: LiveDriverConfig) -> None:
             f"driver.engines: cluster.devices has {len(engines)} engines, got {len(driver.engines)} URLs; one for each, "
             "in order"
         )
+    for index, url in enumerate(driver.engines):
+        check_url(f"driver.engines[{index}]", url)
+    pools = {engine.pool: PoolKind.LLM if isinstance(engine, LlmConfig) else PoolKind.EMBEDDING for engine in engines}
+    for key, given in (("adapters", driver.adapters), ("models", driver.models)):
+        for pool in given:
+            if pool not in pools:
+                raise ConfigError(
+                    f"driver.{key}: no engine of cluster.devices is in pool {pool!r}; it has {', '.join(pools)}"
+                )
+    for pool, name in driver.adapters.items():
+        try:
+            adapter(name)
+        except ConfigError as error:
+            raise ConfigError(f"driver.adapters.{pool}: {error}") from error
+    served = _served(parts, pools)
+    for pipeline in _asked(parts):
+        if pipeline not in served:
+            raise ConfigError(
+                f"load: asks for pipeline {pipeline!r}, which no engine of cluster.devices serves; they serve {', '.join(served)}"
+            )
     if driver.processes > 1 and not isinstance(parts.load, ColumnLoad):
         raise ConfigError(
             "driver.processes: a closed loop runs in one process, because its users wait for their answers"
         )
 
 
-async def _measure(
-    parts: Parts, driver: LiveDriverConfig, folder: Path, tell: Tell
-) -> tuple[Measured, Told, list[EngineSpec], dict[str, str], dict[str, int], bool]:
+def _asked(parts: Parts) -> list[str]:
+    """The pipelines of the load's first requests. Of a load of its own: that of the run is asked once."""
+    load: Load = make("load", parts.config.load, streams=Streams(parts.config.seed), slo=parts.slo)
+    return list(dict.fromkeys(arrival.request.pipeline for arrival in itertools.islice(load.arrivals(), LOOKED_AT)))
+
+
+def _served(parts: Parts, pools: Mapping[str, PoolKind]) -> dict[str, str]:
+    """Pipelines that engines in ``pools`` serve, and the pool of each."""
+    found = {}
+    for name, pipeline in parts.pipelines.items():
+        pool = pipeline.stages[0].op.pool
+        for asked in {pool, *pools}:
+            if asked in pools and (pools[asked] is PoolKind.EMBEDDING) == (name == "embed"):
+                found[f"{name}@{asked}"] = asked
+                if asked == pool:
+                    found[name] = asked
+    return found
+
+
+async def _measure(parts: Parts, driver: LiveDriverConfig, folder: Path, tell: Tell) -> _Seen:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
     async with AsyncExitStack() as running:
         tell("starting engines")
-        specs = await _engines(parts, driver, running)
+        specs = await _unless(stop, _engines(parts, driver, running))
         port = _free_port()
         (folder / JOB).write_bytes(msgspec.json.encode(Job(port, specs)))
         tell("starting the gateway")
-        gateway = await EngineProcess.start(
-            "gateway",
-            [sys.executable, "-m", "sage_bench.gateway_process", str(folder)],
-            port=port,
-            logs=folder,
-            timeout_s=HEALTHY_S,
-            grace_s=120.0,
+        gateway = await _unless(
+            stop,
+            EngineProcess.start(
+                "gateway",
+                [sys.executable, "-m", "sage_bench.gateway_process", str(folder)],
+                port=port,
+                health="/metrics",  # its /health waits for an engine, and who is missing is told below
+                timeout_s=HEALTHY_S,
+                grace_s=120.0,
+            ),
         )
         running.push_async_callback(gateway.stop)
-        await _all_healthy(gateway.url, len(specs))
-        round_trips = {spec.url: await round_trip_ns(spec.url, adapter(spec.adapter).health) for spec in specs}
-        options = await _options(parts, driver, gateway.url, specs)
+        await _unless(stop, _all_healthy(gateway.url, len(specs)))
+        versions = await _unless(stop, versions_of(specs))
+        round_trips = {
+            spec.url: await _unless(stop, round_trip_ns(spec.url, adapter(spec.adapter).health)) for spec in specs
+        }
+        options = await _unless(stop, _options(parts, driver, gateway.url, specs))
         tell("sending")
-        measured = await _generate(parts, driver, options, stop)
-        versions = {spec.url: await _version(spec.url) for spec in specs}
-    try:
+        window = Window(driver.drain_s)
+        ended = asyncio.ensure_future(gateway.wait())
+        ended.add_done_callback(lambda _: window.set())
+        stopping = asyncio.ensure_future(stop.wait())
+        stopping.add_done_callback(lambda _: window.set())
+        measured = await _generate(parts, driver, options, window)
+        early = ended.result() if ended.done() else None  # nobody has told it to stop yet
+        stopping.cancel()
+    told = None
+    with suppress(OSError):
         told = msgspec.json.decode((folder / SERVED).read_bytes(), type=Told)
-    except OSError as error:
-        raise EngineError(f"the gateway ended without a word; the end of {gateway.log}:\n{gateway.tail()}") from error
-    for name in (JOB, SERVED):
-        (folder / name).unlink()
-    gateway.log.unlink(missing_ok=True)
-    return measured, told, specs, versions, round_trips, stop.is_set()
-
-
-async def _generate(parts: Parts, driver: LiveDriverConfig, options: Options, stop: asyncio.Event) -> Measured:
-    if driver.processes == 1:
-        return await generate(parts.load, options, stop=stop)
-    if not isinstance(parts.load, ColumnLoad):
-        raise ConfigError(
-            "driver.processes: a closed loop runs in one process, because its users wait for their answers"
+    error = None
+    if told is None or (early is not None and told.broken is None):
+        code = await gateway.wait()
+        how = f"signal {code - 128}" if code > 128 else f"exit code {code}"
+        when = "in the middle of the run" if early is not None else "at its end, without a word"
+        error = EngineError(
+            f"the gateway ended {when}, with {how}; the end of {gateway.log}:\n{gateway.tail()}".rstrip()
         )
-    return await run_processes(parts.load, options, driver.processes, stop=stop)
+    else:
+        gateway.log.unlink(missing_ok=True)
+    for name in (JOB, SERVED):
+        (folder / name).unlink(missing_ok=True)
+    return _Seen(measured, told, error, specs, versions, round_trips, stop.is_set(), window.cut)
+
+
+_T = TypeVar("_T")
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T:
+    """What ``work`` gives; it is cancelled and _InterruptedError raised as soon as ``stop`` is set."""
+    doing, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([doing, stopping], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        if not doing.done():
+            doing.cancel()
+            await asyncio.wait([doing])
+    if doing.cancelled():
+        raise _InterruptedError
+    return doing.result()
+
+
+class Window(asyncio.Event):
+    """Set when the generator is to stop: by whoever sets it, or ``drain_s`` after the last arrival of an open loop.
+
+    The generator waits for it from its start on, and that is where instants of the load count from.
+    """
+
+    def __init__(self, drain_s: float) -> None:
+        super().__init__()
+        self.cut = False
+        self._drain_s = drain_s
+        self._start_s: float | None = None
+        self._last_s: float | None = None
+
+    async def wait(self) -> Literal[True]:
+        self._start_s = asyncio.get_running_loop().time()
+        self._arm()
+        return await super().wait()
+
+    def last_arrival(self, at_ns: int) -> None:
+        """The load has no arrival after this instant (ns)."""
+        self._last_s = at_ns / 1e9
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._start_s is not None and self._last_s is not None:
+            asyncio.get_running_loop().call_at(self._start_s + self._last_s + self._drain_s, self._close)
+
+    def _close(self) -> None:
+        self.cut = not self.is_set()
+        self.set()
+
+
+class _Watched:
+    """An open loop; ``window`` is told when its last arrival is known."""
+
+    def __init__(self, load: ColumnLoad, window: Window) -> None:
+        self._load = load
+        self._window = window
+
+    def columns(self) -> Iterator[Arrivals]:
+        last = 0
+        for batch in self._load.columns():
+            if len(batch.at):
+                last = int(batch.at[-1])
+            yield batch
+        self._window.last_arrival(last)
+
+
+async def _generate(parts: Parts, driver: LiveDriverConfig, options: Options, window: Window) -> Measured:
+    if not isinstance(parts.load, ColumnLoad):
+        return await generate(parts.load, options, stop=window)
+    load = _Watched(parts.load, window)
+    if driver.processes == 1:
+        return await generate(load, options, stop=window)
+    return await run_processes(load, options, driver.processes, stop=window)
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
@@ -266,14 +473,6 @@ async def _all_healthy(gateway: str, count: int) -> None:
         await asyncio.sleep(0.1)
 
 
-async def _version(url: str) -> str:
-    """What the engine says it is."""
-    with suppress(OSError, ValueError):
-        told = await asyncio.to_thread(_get, f"{url}/version")
-        return str(told.get("version", "unknown"))
-    return "unknown"
-
-
 def _get(url: str) -> Any:
     with urllib.request.urlopen(url, timeout=5.0) as answer:
         return json.load(answer)
@@ -293,14 +492,7 @@ async def _options(parts: Parts, driver: LiveDriverConfig, url: str, specs: Sequ
             return made
         return with_tokenizer(Path(driver.tokenizer), seed=config.seed, overhead=overhead)
 
-    models = {}
-    for name, pipeline in parts.pipelines.items():
-        pool = pipeline.stages[0].op.pool
-        for asked in {pool, *pools}:
-            if asked in pools and (pools[asked] is PoolKind.EMBEDDING) == (name == "embed"):
-                models[f"{name}@{asked}"] = Model(asked, prompts(0))
-                if asked == pool:
-                    models[name] = models[f"{name}@{asked}"]
+    models = {name: Model(pool, prompts(0)) for name, pool in _served(parts, pools).items()}
     options = Options(
         url,
         models,
@@ -321,10 +513,11 @@ async def _options(parts: Parts, driver: LiveDriverConfig, url: str, specs: Sequ
     return replace(options, models=measured)
 
 
-def _on_gateway_clock(measured: Measured, told: Told) -> NDArray[np.int64]:
-    """The client's instants counted from the gateway's start, as those of the other tables."""
-    shift = measured.start_ns - told.origin_ns
-    rows = measured.rows.copy()
+def _on_gateway_clock(seen: _Seen) -> NDArray[np.int64]:
+    """The client's instants counted from the gateway's start, as those of the other tables; from the start of the load
+    where the gateway cannot tell any more."""
+    shift = 0 if seen.told is None else seen.measured.start_ns - seen.told.origin_ns
+    rows = seen.measured.rows.copy()
     for name in ("scheduled_ns", "sent_ns", "first_token_ns", "ended_ns"):
         column = rows[:, FIELDS.index(name)]
         column[column >= 0] += shift

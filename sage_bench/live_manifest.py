@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sage_bench.config import RunConfig
 from sage_bench.results.devices import device_facts
 from sage_bench.results.manifest import (
@@ -27,8 +29,28 @@ from sage_bench.results.manifest import (
 from sage_bench.serving import Served
 from sage_core.ops import native_build
 from sage_core.units import seconds
-from sage_live.http_engine import EngineSpec
 from sage_sim.profile import Profile
+
+
+class StateFact(msgspec.Struct, frozen=True):
+    """An engine changed its state. at_ns: since the start."""
+
+    at_ns: int
+    engine: str
+    state: str
+    why: str
+
+
+class LivePolicyFact(PolicyFact, frozen=True):
+    """The policy that decided first. switches: instants (ns) and names of those that it was changed to."""
+
+    switches: tuple[tuple[int, str], ...] = ()
+
+
+class LiveEngineFact(EngineFact, frozen=True):
+    """states: every change, in order; the first is usually its being found healthy."""
+
+    states: tuple[StateFact, ...] = ()
 
 
 def version() -> str:
@@ -59,7 +81,6 @@ def write_live_manifest(
     *,
     source: Source,
     status: Status = "complete",
-    specs: Sequence[EngineSpec] = (),
     versions: Mapping[str, str] | None = None,
     round_trips: Mapping[str, int] | None = None,
     rate: float | None = None,
@@ -69,15 +90,19 @@ def write_live_manifest(
     generator: Mapping[str, Any] | None = None,
     invalid: Sequence[str] = (),
 ) -> Manifest:
-    """What a simulated run's says, from a gateway's life. versions, round_trips (ns): of the engines, by URL. generator: what the load
-    generator measured of itself. OutputError."""
+    """What a simulated run's says, from a gateway's life; "failed" whatever ``status`` says if its control plane broke.
+    versions, round_trips (ns): of the engines, by URL. generator: what the load generator measured of itself. OutputError."""
     return write_manifest(
         folder,
         experiment=config.name,
         run_id=folder.name,
         source=source,
-        status=status,
-        policy=PolicyFact(served.policy, {k: v for k, v in config.policy.items() if not k.startswith("_")}),
+        status=status if served.broken is None else "failed",
+        policy=LivePolicyFact(
+            served.policy,
+            {k: v for k, v in config.policy.items() if not k.startswith("_")},
+            tuple(served.switches),
+        ),
         seed=config.seed,
         load=LoadFact(rate, str(config.load.get("_target_", "")).rpartition(".")[2], config.load),
         overrides=tuple(overrides),
@@ -99,15 +124,16 @@ def write_live_manifest(
         price_per_h=price_per_h,
         counts=served.counts,
         engines=tuple(
-            EngineFact(
-                spec.name or spec.url,
+            LiveEngineFact(
+                spec.called,
                 spec.url,
                 spec.model,
                 spec.adapter,
                 (versions or {}).get(spec.url, "unknown"),
                 (round_trips or {}).get(spec.url),
+                tuple(StateFact(*each) for each in served.states if each[1] == spec.called),
             )
-            for spec in specs
+            for spec in served.engines
         ),
         generator=generator,
         invalid=tuple(invalid),

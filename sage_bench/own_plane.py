@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from hydra.errors import HydraException
-
 from sage_bench.compose import device_makers, make, make_parts, make_plane
 from sage_bench.config import LiveDriverConfig, RunConfig, checked, composed
 from sage_bench.discovery import model_of
@@ -24,7 +22,7 @@ from sage_bench.live import engine_spec
 from sage_bench.live_manifest import Started, write_live_manifest
 from sage_bench.results.manifest import Source
 from sage_bench.run import prepare
-from sage_bench.serving import EngineConfig, Served, parse_engine, recorder
+from sage_bench.serving import EngineConfig, RecordedService, Served, parse_engine, recorder, with_names
 from sage_core.errors import ConfigError, EngineError
 from sage_core.slo import SloTable
 from sage_live.client.inprocess import ServiceTransport
@@ -96,12 +94,12 @@ class OwnPlane:
 
             def manifest() -> None:
                 if served:
-                    write_live_manifest(record, config, self.plain, served[0], started, specs=specs, source=self.source)
+                    write_live_manifest(record, config, self.plain, served[0], started, source=self.source)
 
             running.callback(manifest)  # once the files below it are closed
         files = running.enter_context(contextlib.ExitStack())
         rows, tell = recorder(files, record, config, slo)
-        service = InferenceService(
+        service = RecordedService(
             make_plane(config),
             ServiceConfig(request_s=max(request_s, REQUEST_S)),
             slo=slo,
@@ -111,20 +109,9 @@ class OwnPlane:
 
         async def end() -> None:
             await service.close("the client was closed")
-            driver = service.driver
-            counts = driver.plane.counts
-            served.append(
-                Served(
-                    driver.steps,
-                    driver.digest,
-                    driver.now,
-                    driver.control_ns / 1e9,
-                    {name: getattr(counts, name) for name in counts.__dataclass_fields__},
-                    [] if rows is None else rows.replicas(),
-                    service.policy,
-                    driver.origin_ns,
-                )
-            )
+            served.append(service.served(rows))
+            if service.driver.broken is not None:
+                raise service.driver.broken
 
         running.push_async_callback(end)
         for spec in specs:
@@ -138,11 +125,7 @@ def _configuration(
     """Checked, and as plain data. ConfigError naming the key."""
     chosen = {"cluster": cluster, "policy": policy, "slo": slo}
     named = [f"{group}={choice}" for group, choice in chosen.items() if isinstance(choice, str)]
-    try:
-        config = composed(["driver=live", "load=clients", *named, *overrides])
-    except HydraException as error:
-        text = str(error).partition("Config search path")[0]
-        raise ConfigError(f"create: {' '.join(text.split())}") from error
+    config = composed(["driver=live", "load=clients", *named, *overrides])
     for group, choice in chosen.items():
         if isinstance(choice, Mapping):
             config[group] = dict(choice)
@@ -159,8 +142,10 @@ def _running(engines: Sequence[EngineConfig | str], wait_s: float) -> Start:
     if not specs:
         raise ConfigError("create: engines: expected at least one")
 
+    named = with_names(specs)
+
     async def start(running: AsyncExitStack) -> list[EngineSpec]:
-        return specs
+        return named
 
     return start
 

@@ -32,6 +32,7 @@ from sage_core.errors import ConfigError
 from sage_core.events import AnyEvent
 from sage_core.native_plane import Plane
 from sage_core.ops import native_build
+from sage_core.pipeline import pipeline_of
 from sage_core.plane import Counts
 from sage_core.stepper import ColumnRecorder, Recorder
 from sage_core.units import NEVER, PoolKind, seconds
@@ -197,6 +198,15 @@ def unused(folder: Path) -> None:
         raise ConfigError(f"{folder}: has a run in it ({', '.join(there)}), which would be lost; choose another folder")
 
 
+def discard(folder: Path) -> None:
+    """Take away what :func:`prepare` and a run that came to nothing left in ``folder``; other files stay."""
+    for name in (*OUTPUTS, CONFIG_NAME):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def prepare(folder: Path, plain: dict[str, Any]) -> None:
     """Make the folder and drop what an earlier run of the same configuration left in it."""
     try:
@@ -228,7 +238,8 @@ def _why_failed(folder: Path, parts: Parts) -> list[str]:
         if engine is not None
     }
     asked = set(failed["pipeline"].cast(pa.string()).to_pylist())
-    needed = {stage.op.pool for name in asked for stage in parts.pipelines[name].stages}
+    pipelines = (pipeline_of(parts.pipelines, name) for name in asked)  # a recorded load asks for chat@MODEL
+    needed = {stage.op.pool for pipeline in pipelines if pipeline is not None for stage in pipeline.stages}
     told = [f"{count:,} requests failed: {reason}" for reason, count in found.most_common(REASONS_TOLD)]
     if (more := failed.num_rows - sum(count for _, count in found.most_common(REASONS_TOLD))) > 0:
         told.append(

@@ -7,8 +7,9 @@ import contextlib
 import gc
 import logging
 import signal
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,12 +19,14 @@ import yaml
 
 from sage_bench.compose import make, make_plane
 from sage_bench.config import RunConfig
+from sage_bench.discovery import check_url
 from sage_bench.results.native_recorder import NativeRecorder
 from sage_bench.results.recorder import RunRecorder
 from sage_bench.results.writer import StepWriter
 from sage_core.commands import AnyCommand
 from sage_core.errors import ConfigError, DataError, OutputError
 from sage_core.events import AnyEvent
+from sage_core.native_plane import Plane
 from sage_core.pipeline import single_request_pipelines
 from sage_core.slo import SloTable
 from sage_core.stepper import ColumnRecorder, Recorder
@@ -33,19 +36,26 @@ from sage_live.gateway.keys import ApiKeys
 from sage_live.gateway.logs import AccessLog
 from sage_live.gateway.rate import RateLimits
 from sage_live.gateway.tracing import Tracer
-from sage_live.health import HealthConfig
-from sage_live.http_engine import EngineSpec
+from sage_live.health import HealthConfig, State, Watch
+from sage_live.http_engine import EngineSpec, HttpEngine
 from sage_live.service import InferenceService, ServiceConfig
 from sage_policies.presets import PRESETS
 
 _log = logging.getLogger(__name__)
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
+STATES_MAX = 10_000
+"""Changes of engines' states that are remembered: the last ones, for a gateway may serve for years."""
+
+Tasks = Annotated[int, msgspec.Meta(ge=1, le=65536)]
+BatchTokens = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+KvTokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Cost = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+"""Expected nanoseconds."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One engine in service. model null: what its ``/v1/models`` says. api_key_env: the environment variable that holds
-    the key it wants. Other keys as in sage_live.http_engine.EngineSpec."""
+    the key it wants. Other keys as in sage_live.http_engine.EngineSpec. Raises ConfigError for what is no URL."""
 
     url: str
     model: str | None = None
@@ -56,15 +66,18 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     upstream_model: str = ""
     node: str = "local"
     device: int = -1
-    tasks_max: Count | None = None
-    batch_tokens_max: Count | None = None
-    kv_tokens_max: Annotated[int, msgspec.Meta(ge=0)] = 0
+    tasks_max: Tasks | None = None
+    batch_tokens_max: BatchTokens | None = None
+    kv_tokens_max: KvTokens = 0
     priority_scheduling: bool = False
     api_key_env: str | None = None
-    fixed_ns: float = 0.0
-    input_token_ns: float = 0.0
-    output_token_ns: float = 0.0
-    output_seq_ns: float = 0.0
+    fixed_ns: Cost = 0.0
+    input_token_ns: Cost = 0.0
+    output_token_ns: Cost = 0.0
+    output_seq_ns: Cost = 0.0
+
+    def __post_init__(self) -> None:
+        check_url("url", self.url)
 
     def spec(self, model: str, env: Mapping[str, str]) -> EngineSpec:
         """With its model known. ConfigError for a key that is not in ``env``."""
@@ -119,8 +132,29 @@ def parse_engine(text: str) -> EngineConfig:
     try:
         return msgspec.convert(fields, EngineConfig, strict=False)
     except msgspec.ValidationError as error:
-        known = ", ".join(EngineConfig.__struct_fields__)
-        raise ConfigError(f"--engine {text}: {error}; keys are {known}") from error
+        hint = f"; keys are {', '.join(EngineConfig.__struct_fields__)}" if "unknown field" in str(error) else ""
+        raise ConfigError(f"--engine {text}: {error}{hint}") from error
+
+
+def with_names(specs: Sequence[EngineSpec]) -> list[EngineSpec]:
+    """``specs``, each with a name of its own: ``host:port``, or ``host:port-model`` where another engine is called that.
+    ConfigError for two that were given one name."""
+    given = [spec.name for spec in specs if spec.name]
+    taken = set(given)
+    if len(taken) < len(given):
+        raise ConfigError(f"engine: name: {', '.join(given)}: two engines cannot have one name")
+    named = []
+    for spec in specs:
+        each = spec
+        if not each.name and each.called in taken:
+            each = replace(each, name=f"{each.called}-{each.model.rpartition('/')[2]}")
+            if each.called in taken:
+                raise ConfigError(
+                    f"engine {each.url}: name: {each.called!r} is another engine's; give this one one, name=..."
+                )
+        taken.add(each.called)
+        named.append(each)
+    return named
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +176,12 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """How a gateway's life went: for the manifest."""
+    """How a gateway's life went: for the manifest.
+
+    policy: the first; switches: instants (ns) and names of those that followed. origin_ns: CLOCK_MONOTONIC of instant 0.
+    engines: all that were in service; states: instant (ns), name, state and reason of every change. broken: what
+    ended the control plane before its time.
+    """
 
     steps: int
     digest: bytes
@@ -151,7 +190,58 @@ class Served:
     counts: Mapping[str, int]
     replicas: Sequence[Mapping[str, Any]]
     policy: str
-    origin_ns: int  # CLOCK_MONOTONIC of instant 0
+    origin_ns: int
+    switches: Sequence[tuple[int, str]] = ()
+    engines: Sequence[EngineSpec] = ()
+    states: Sequence[tuple[int, str, str, str]] = ()
+    broken: Exception | None = None
+
+
+class RecordedService(InferenceService):
+    """Keeps what a manifest says of its life beside log and rows."""
+
+    def __init__(self, plane: Plane, config: ServiceConfig, **options: Any) -> None:
+        told = options.pop("on_state", None)
+
+        def on_state(engine: HttpEngine, state: State, why: str) -> None:
+            self._states.append((self.driver.now, engine.name, state.value, why))
+            if told is not None:
+                told(engine, state, why)
+
+        super().__init__(plane, config, on_state=on_state, **options)
+        self._first = self.policy
+        self._switches: list[tuple[int, str]] = []
+        self._engines: list[EngineSpec] = []
+        self._states: deque[tuple[int, str, str, str]] = deque(maxlen=STATES_MAX)
+
+    def add_engine(self, spec: EngineSpec) -> Watch:
+        watch = super().add_engine(spec)
+        if spec not in self._engines:
+            self._engines.append(spec)
+        return watch
+
+    def set_policy(self, name: str) -> None:
+        super().set_policy(name)
+        self._switches.append((self.driver.now, name))
+
+    def served(self, rows: RunRecorder | NativeRecorder | None) -> Served:
+        """How it went. Call when it is closed."""
+        driver = self.driver
+        counts = driver.plane.counts
+        return Served(
+            driver.steps,
+            driver.digest,
+            driver.now,
+            driver.control_ns / 1e9,
+            {name: getattr(counts, name) for name in counts.__dataclass_fields__},
+            [] if rows is None else rows.replicas(),
+            self._first,
+            driver.origin_ns,
+            self._switches,
+            self._engines,
+            list(self._states),
+            driver.broken,
+        )
 
 
 def policy_names(config: RunConfig) -> list[str]:
@@ -166,9 +256,9 @@ async def gateway(config: RunConfig, serving: Serving) -> AsyncIterator[tuple[Ga
     slo = make("slo", config.slo)
     if not isinstance(slo, SloTable):
         raise ConfigError(f"slo._target_: expected sage_core.slo.SloTable, got {type(slo).__name__}")
-    with contextlib.ExitStack() as files:
+    with contextlib.suppress(ControlPlaneError), contextlib.ExitStack() as files:
         rows, record = recorder(files, serving.record, config, slo)
-        service = InferenceService(
+        service = RecordedService(
             make_plane(config),
             serving.service,
             slo=slo,
@@ -193,20 +283,13 @@ async def gateway(config: RunConfig, serving: Serving) -> AsyncIterator[tuple[Ga
             yield made, served
         finally:
             await made.close()
-            driver = service.driver
-            counts = driver.plane.counts
-            served.append(
-                Served(
-                    driver.steps,
-                    driver.digest,
-                    driver.now,
-                    driver.control_ns / 1e9,
-                    {name: getattr(counts, name) for name in counts.__dataclass_fields__},
-                    [] if rows is None else rows.replicas(),
-                    service.policy,
-                    driver.origin_ns,
-                )
-            )
+            served.append(service.served(rows))
+        if service.driver.broken is not None:
+            raise ControlPlaneError  # so that the recorder does not expect every request to have an outcome
+
+
+class ControlPlaneError(Exception):
+    """The control plane broke; what broke it is :attr:`Served.broken`."""
 
 
 class LiveRecorder(NativeRecorder):
@@ -263,7 +346,7 @@ def recorder(
 
 
 def serve(config: RunConfig, serving: Serving, ready: Callable[[Gateway, int], None]) -> Served:
-    """Serve until SIGINT or SIGTERM, then drain. ``ready`` is told the port."""
+    """Serve until SIGINT or SIGTERM, then drain; or until the control plane breaks. ``ready`` is told the port."""
 
     async def main() -> Served:
         stop = asyncio.Event()
@@ -271,6 +354,7 @@ def serve(config: RunConfig, serving: Serving, ready: Callable[[Gateway, int], N
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         async with gateway(config, serving) as (made, served):
+            made.service.driver.on_broken = lambda error: stop.set()
             gc.collect()
             gc.freeze()  # what is here now stays: no collection looks at it again
             ready(made, made.port)

@@ -27,7 +27,7 @@ from sage_bench.results.manifest import Source
 from sage_bench.results.reader import Run
 from sage_bench.results.schema import KINDS
 from sage_bench.run import RunResult, run
-from sage_bench.validate.twin import swept, twin
+from sage_bench.validate.twin import describing, of_gateway, swept, twin
 from sage_core.errors import DataError
 from sage_core.rng import Streams
 from sage_core.units import SECOND
@@ -103,13 +103,16 @@ class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
 def what_if(recorded: Path, overrides: Sequence[str], results: Path | None = None) -> WhatIf:
     """Simulate the run in folder ``recorded`` as it was, and once for every combination of choices in ``overrides``.
 
-    results: a folder for the simulated runs, by default the one that ``recorded`` is in. Raises SageError.
+    results: a folder for the simulated runs, by default the one that ``recorded`` is in. Of a gateway's record
+    ``cluster=`` or ``cluster.devices=`` describes the engines, for base and arms. Raises SageError.
     """
-    arms = [each for each in swept(overrides) if each]
+    engines = describing(overrides) if of_gateway(recorded) else []  # of the base too: nothing recorded says it
+    arms = [each for each in swept([text for text in overrides if text not in engines]) if each]
     # Every configuration before the first run: a mistake in the last arm should not cost the others.
-    configs = [twin(recorded, each, FOLDER, results or recorded.parent) for each in ([], *arms)]
+    given = [[*engines, *each] for each in ([], *arms)]
+    configs = [twin(recorded, each, FOLDER, results or recorded.parent) for each in given]
     real = Run(recorded)
-    base, *others = [_simulated(config, each) for config, each in zip(configs, ([], *arms), strict=True)]
+    base, *others = [_simulated(config, each) for config, each in zip(configs, given, strict=True)]
     requests = _requests(base)
     rows = _base_rows(measure(real), measure(Run(base.folder)))
     repeated = base.finish.digest.hex() == real.manifest.digest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +15,12 @@ import typer
 from rich.console import Console
 
 from sage_bench.cli.gateway_keys import key_app
+from sage_bench.compose import make_plane
 from sage_bench.config import checked, composed
-from sage_bench.discovery import model_of
+from sage_bench.discovery import model_of, versions_of
 from sage_bench.live_manifest import Started, version, write_live_manifest
-from sage_bench.run import prepare, unused
-from sage_bench.serving import EngineConfig, Serving, parse_engine, read_engines, serve
+from sage_bench.run import discard, prepare, unused
+from sage_bench.serving import EngineConfig, Serving, parse_engine, read_engines, serve, with_names
 from sage_core.errors import ConfigError
 from sage_live.gateway.app import Gateway, GatewayConfig
 from sage_live.gateway.keyfile import default_path
@@ -73,7 +76,20 @@ def start(
     foreign = [arg for arg in context.args if arg.lstrip("+~").split("=")[0].split(".")[0].split("/")[0] not in GROUPS]
     if foreign:
         raise ConfigError(f"{foreign[0]}: not for a gateway; it takes {', '.join(GROUPS)} (GROUP=CHOICE or key=value)")
+    for option, value, low, high in (
+        ("--port", port or 0, 0, 65535),
+        ("--live-max", live_max, 1, 10_000_000),
+        ("--request-s", request_s, 0.001, 1e6),
+        ("--body-max", body_max, 1, 2**31 - 1),
+        ("--grace-s", grace_s, 0, 1e6),
+        ("--wait-s", wait_s, 0, 1e6),
+    ):
+        if not low <= value <= high:
+            raise ConfigError(f"{option}: expected {low:,g} to {high:,}, got {value}")
+    if otlp is not None and not re.match(r"https?://[^/\s]+", otlp):
+        raise ConfigError(f"--otlp: expected a URL such as http://127.0.0.1:4318/v1/traces, got {otlp!r}")
     config, plain = checked(composed(["driver=live", "load=clients", *context.args]))
+    make_plane(config)  # a wrong parameter of the policy is told before anything is asked or written
     listed = [*(read_engines(engines) if engines else []), *map(parse_engine, engine or [])]
     if host not in LOOPBACK and keys is None and not no_keys:
         raise ConfigError(
@@ -82,7 +98,7 @@ def start(
         )
     origin_ns = time.time_ns()
     api_keys = None if keys is None else ApiKeys(keys)
-    specs = [each.spec(each.model or _model(each, wait_s), os.environ) for each in listed]
+    specs = with_names([each.spec(each.model or _model(each, wait_s), os.environ) for each in listed])
     if record is not None:
         unused(record)
     serving = Serving(
@@ -103,9 +119,21 @@ def start(
     started = Started.now()
     if record is not None:
         prepare(record, plain)
-    served = serve(config, serving, _ready)
+    listening = False
+
+    def ready(gateway: Gateway, port: int) -> None:
+        nonlocal listening
+        listening = True
+        _ready(gateway, port)
+
+    try:
+        served = serve(config, serving, ready)
+    finally:
+        if record is not None and not listening:
+            discard(record)
     if record is not None:
-        write_live_manifest(record, config, plain, served, started, specs=specs, source="live")
+        versions = asyncio.run(versions_of(served.engines))
+        write_live_manifest(record, config, plain, served, started, versions=versions, source="live")
     counts = served.counts
     print(
         f"served {counts['arrived']:,} requests in {served.duration_ns / 1e9:,.1f} s: {counts['responded']:,} responded, "
@@ -113,6 +141,8 @@ def start(
         f"digest {served.digest.hex()}",
         flush=True,
     )
+    if served.broken is not None:
+        raise served.broken
 
 
 def _health(given: Sequence[str]) -> HealthConfig:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from sage_core.errors import ConfigError
 from sage_live.gateway.keyfile import add_key, default_path, read_keys, revoke_key
 from sage_live.gateway.rate import Limits
 
@@ -34,6 +35,8 @@ def add(
     file: _File = None,
 ) -> None:
     """Make a key and print it: this once."""
+    if not (1 <= len(tenant) <= 128 and tenant.isascii() and tenant.isprintable()):
+        raise ConfigError(f"tenant: expected 1 to 128 printable ASCII characters, got {tenant!r}")
     path = file or default_path(os.environ)
     stated = requests_per_minute is not None or tokens_per_minute is not None
     limits = Limits(requests_per_minute, tokens_per_minute) if stated else None

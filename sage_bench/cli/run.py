@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -22,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sage_bench.cli.leave import leave
-from sage_bench.config import override_hint
+from sage_bench.config import told_by_hydra
 from sage_bench.live import LiveResult, run_live
 from sage_bench.results.writer import output_error
 from sage_bench.run import RunResult, run
@@ -43,7 +41,7 @@ def command(context: typer.Context) -> None:
     except SageError:
         raise
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"config: {_composing(str(error))}") from error
+        raise ConfigError(f"config: {told_by_hydra(error)}") from error
     except (ValueError, OSError) as error:
         if _ours(error) or isinstance(error, BrokenPipeError):
             raise
@@ -122,16 +120,6 @@ def _say(line: str) -> None:
 @functools.cache  # the points of a sweep would all say the same
 def _note(text: str) -> None:
     Console(stderr=True, highlight=False).print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True)
-
-
-def _composing(text: str) -> str:
-    """Hydra's message without its search path, and with our schema's advice for a key that does not exist."""
-    if unknown := re.match(r"Could not override '([^']+)'", text):
-        hint = override_hint(unknown[1])
-        if hint is not None:
-            return hint
-    kept = itertools.takewhile(lambda line: line != "Config search path:", text.strip().splitlines())
-    return "\n".join(line for line in kept if line.strip())
 
 
 def _ours(error: BaseException) -> bool:

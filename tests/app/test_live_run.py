@@ -15,6 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from sage_bench import live
 from sage_bench.config import composed
 from sage_bench.live import LiveResult, run_live
 from sage_bench.replaying import replay_run
@@ -22,7 +23,7 @@ from sage_bench.results.manifest import read_manifest
 from sage_bench.run import run
 from sage_bench.validate.live import validate_run
 from sage_bench.validate.twin import twin
-from sage_core.errors import SageError
+from sage_core.errors import EngineError, PolicyError, SageError
 
 SHORT = (
     "cluster.devices=[{node: h100, llm: {profile: llama-3.1-8b-h100-tp1, max_num_seqs: 32}, price_per_h: 6.88}, "
@@ -34,6 +35,30 @@ SHORT = (
     "load.duration_s=4",
     "warmup_s=1",
 )
+
+
+NOWHERE = "driver.engines=[http://127.0.0.1:1,http://127.0.0.1:1]"
+
+BREAKING = """
+import numpy as np
+from sage_core.policy import Policy
+from sage_policies.limit import EngineLimit
+from sage_policies.predict import MaxPrediction
+from sage_policies.route import LeastInFlight
+
+
+class Breaks:
+    asked = 0
+    static = True
+
+    def score(self, now, queued):
+        self.asked += 1
+        return queued.arrived_at * (1.0 if self.asked < 40 else np.nan)
+
+
+def make() -> Policy:
+    return Policy("breaks", None, Breaks(), LeastInFlight(), EngineLimit(), MaxPrediction())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +148,20 @@ def test_two_processes_send_the_same_requests(done: LiveResult) -> None:
         (("driver.tokenizer=nowhere.json",), "nowhere.json"),
         (("cluster.devices=[{node: cpu, operator: {pool: tool}}]",), "disaggregated and mps are for simulations"),
         (("driver.stream=perhaps",), "driver.stream"),
+        (
+            ("driver.engines=[127.0.0.1:1,http://127.0.0.1:2]",),
+            "driver.engines[0]: '127.0.0.1:1': expected http://HOST",
+        ),
+        (("+driver.adapters.llm=foo",), "driver.adapters.llm: adapter: unknown adapter 'foo'"),
+        (
+            ("+driver.adapters.lmm=vllm",),
+            "driver.adapters: no engine of cluster.devices is in pool 'lmm'; it has llm, embed",
+        ),
+        (("+driver.models.x=y",), "driver.models: no engine of cluster.devices is in pool 'x'"),
+        (
+            ("cluster.devices=[{node: h, llm: {profile: llama-3.1-8b-h100-tp1}}]",),
+            "asks for pipeline 'embed', which no engine",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_measured(
@@ -150,6 +189,100 @@ def test_ctrl_c_ends_the_load_and_keeps_what_was_measured(
     assert len(rows) > 20 and set(rows["outcome"]) <= {"responded", "cancelled"}
     assert replay_run(folder).steps == manifest["steps"]
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_ctrl_c_before_anything_was_sent_leaves_nothing(
+    tmp_path: Path, sage_started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = sage_started("run", *SHORT, "driver=live", f"results={tmp_path}")
+    until(lambda: psutil.Process(process.pid).children(recursive=True))
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert not list((tmp_path / "run").iterdir())
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_engines_that_are_not_there_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "HEALTHY_S", 5.0)
+    with pytest.raises(EngineError, match="engines not healthy after 5 s"):
+        run_live(composed([*SHORT, "driver=live", f"results={tmp_path}", NOWHERE]))
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_gateway_that_is_killed_ends_the_run_and_is_told(
+    tmp_path: Path, sage_started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = sage_started("run", *SHORT, "load.duration_s=600", "driver=live", f"results={tmp_path}")
+    children = _children_when_sending(process)
+    (gateway,) = [child for child in children if child.cmdline()[1:3] == ["-m", "sage_bench.gateway_process"]]
+    gateway.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == EngineError.exit_code, err
+    assert "the gateway ended in the middle of the run, with signal 9" in err and "Traceback" not in err
+    (folder,) = (tmp_path / "run").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "failed" and manifest["policy"]["name"] == "hybrid" and len(manifest["engines"]) == 2
+    client = pd.read_parquet(folder / "client.parquet")
+    assert len(client) > 20 and client["error"].isna().sum() > 20
+    assert client["scheduled_ns"].max() < 60e9, "the load ended with the gateway"
+
+
+def test_an_engine_that_is_killed_is_told(tmp_path: Path, sage_started: Callable[..., subprocess.Popen[str]]) -> None:
+    process = sage_started("run", *SHORT, "load.duration_s=8", "driver=live", "driver.drain_s=2", f"results={tmp_path}")
+    children = _children_when_sending(process)
+    engine = next(c for c in children if "--embed-config" in c.cmdline() and c.cmdline()[2] == "sage_bench")
+    engine.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "note: engine l4-1-embed: ejected at" in err.replace("\n", " ")
+    assert "the generator counts" in err and "failures: " in err
+    (folder,) = (tmp_path / "run").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (states,) = [engine["states"] for engine in manifest["engines"] if engine["model"] == "embed"]
+    assert states[0]["state"] == "healthy" and "ejected" in [each["state"] for each in states]
+
+
+def test_a_policy_that_breaks_ends_the_run(tmp_path: Path, sage_started: Callable[..., subprocess.Popen[str]]) -> None:
+    (tmp_path / "mine.py").write_text(BREAKING)
+    args = (
+        *SHORT,
+        "load.duration_s=600",
+        "driver=live",
+        f"results={tmp_path}",
+        "policy=user",
+        "policy._target_=mine.make",
+    )
+    process = sage_started("run", *args)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == PolicyError.exit_code, err
+    (folder,) = (tmp_path / "run").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "failed" and (folder / "client.parquet").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_has_no_answer_after_the_drain_is_given_up(tmp_path: Path, processes: int) -> None:
+    slow = "+load.classes.chat.output_tokens={_target_: sage_bench.loads.Uniform, low: 3000, high: 3001}"
+    given = [*SHORT[:2], slow, "load.classes.chat.output_tokens_max=4000", "load.rate=20", "load.duration_s=1"]
+    given += ["warmup_s=0", "driver=live", "driver.drain_s=0.5", f"driver.processes={processes}", f"results={tmp_path}"]
+    began = time.monotonic()
+    done = run_live(composed(given))
+    client = pd.read_parquet(done.folder / "client.parquet")
+    cut = client[client["error"] == "cut"]
+    assert len(cut) == done.summary.failures["cut"] >= 1
+    assert (cut["ended_ns"] - client["scheduled_ns"].max()).between(0.45e9, 5e9).all()
+    assert any("driver.drain_s" in warning for warning in done.warnings)
+    assert time.monotonic() - began < 60
+    assert done.told.counts["cancelled"] == len(cut)
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 40
+    while not true():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.02)
 
 
 def _children_when_sending(process: subprocess.Popen[str]) -> list[psutil.Process]:

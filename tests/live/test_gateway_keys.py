@@ -173,6 +173,13 @@ def test_the_commands(path: Path) -> None:
     assert isinstance(bad.exception, ConfigError)
 
 
+@pytest.mark.parametrize("tenant", ["", "x" * 129, "zoë", "a\nb", "tab\t"])
+def test_a_tenant_is_printable_ascii(path: Path, tenant: str) -> None:
+    done = CliRunner().invoke(key_app, ["add", tenant, "--file", str(path)])
+    assert isinstance(done.exception, ConfigError) and "1 to 128 printable ASCII" in str(done.exception)
+    assert not path.exists()
+
+
 def test_the_default_file_is_in_the_users_configuration_folder(tmp_path: Path) -> None:
     env = {"HOME": "/home/someone", "XDG_CONFIG_HOME": str(tmp_path)}
     assert default_path(env) == tmp_path / "sage-serving" / "keys.json"
