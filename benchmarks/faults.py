@@ -286,7 +286,7 @@ async def killed(folder: Path, rate: float, seconds: float) -> dict[str, Any]:
         await loading
         await there.all_ended()
         figures = of_fault(there, "engine-0", begun, at)
-        figures["p99_ms_outage_over"] = there.p99_ms(at + 1.0, restarted)
+        figures["p99_ms_outage_over"] = there.p99_ms(at + figures["ejected_s"], restarted)
         figures["restart_s"] = round(up - restarted, 3)
         figures["readmitted_after_up_s"] = round(there.since("engine-0", State.HEALTHY, at) - (up - at), 3)
     return figures | verdict(there)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sage_core.errors import ConfigError, EngineError
-from sage_live.http.client import _endpoint
+from sage_live.http.client import endpoint
 from sage_live.http_engine import EngineSpec
 
 VERSION_S = 2.0
@@ -23,7 +23,7 @@ VERSION_S = 2.0
 def check_url(name: str, url: str) -> None:
     """ConfigError that begins with ``name`` where ``url`` is none that an engine can be reached at."""
     try:
-        _endpoint(url)
+        endpoint(url)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
 

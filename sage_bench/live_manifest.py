@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from sage_bench.config import RunConfig
 from sage_bench.results.devices import device_facts
 from sage_bench.results.manifest import (
@@ -22,6 +20,7 @@ from sage_bench.results.manifest import (
     PolicyFact,
     ReplicaFact,
     Source,
+    StateFact,
     Status,
     Timing,
     write_manifest,
@@ -30,27 +29,6 @@ from sage_bench.serving import Served
 from sage_core.ops import native_build
 from sage_core.units import seconds
 from sage_sim.profile import Profile
-
-
-class StateFact(msgspec.Struct, frozen=True):
-    """An engine changed its state. at_ns: since the start."""
-
-    at_ns: int
-    engine: str
-    state: str
-    why: str
-
-
-class LivePolicyFact(PolicyFact, frozen=True):
-    """The policy that decided first. switches: instants (ns) and names of those that it was changed to."""
-
-    switches: tuple[tuple[int, str], ...] = ()
-
-
-class LiveEngineFact(EngineFact, frozen=True):
-    """states: every change, in order; the first is usually its being found healthy."""
-
-    states: tuple[StateFact, ...] = ()
 
 
 def version() -> str:
@@ -98,7 +76,7 @@ def write_live_manifest(
         run_id=folder.name,
         source=source,
         status=status if served.broken is None else "failed",
-        policy=LivePolicyFact(
+        policy=PolicyFact(
             served.policy,
             {k: v for k, v in config.policy.items() if not k.startswith("_")},
             tuple(served.switches),
@@ -124,7 +102,7 @@ def write_live_manifest(
         price_per_h=price_per_h,
         counts=served.counts,
         engines=tuple(
-            LiveEngineFact(
+            EngineFact(
                 spec.called,
                 spec.url,
                 spec.model,

@@ -29,7 +29,10 @@ def command(
         typer.Option(metavar="DIR", help="The simulated runs go to DIR/whatif; by default DIR is the folder of RUN."),
     ] = None,
 ) -> None:
-    """Simulate RUN's own requests as it was and with changes; print the differences, their intervals and verdicts."""
+    """Simulate RUN's own requests as it was and with changes; print the differences, their intervals and verdicts.
+
+    A gateway's record says nothing of its engines' speed: describe them with cluster=... or cluster.devices=[...].
+    """
     # pandas and scipy take a second, which no other command should pay for.
     import msgspec
     from rich.console import Console

@@ -39,10 +39,11 @@ Status: TypeAlias = Literal["complete", "interrupted", "failed"]
 
 
 class PolicyFact(msgspec.Struct, frozen=True):
-    """The policy that decided."""
+    """The policy that decided, at first. switches: instants (ns) and names of those that it was changed to."""
 
     name: str
     parameters: dict[str, Any] = {}
+    switches: tuple[tuple[int, str], ...] = ()
 
 
 class LoadFact(msgspec.Struct, frozen=True):
@@ -95,9 +96,18 @@ class ReplicaFact(msgspec.Struct, frozen=True):
     usage: UsageFact | None = None
 
 
+class StateFact(msgspec.Struct, frozen=True):
+    """An engine changed its state. at_ns: since the start."""
+
+    at_ns: int
+    engine: str
+    state: str
+    why: str
+
+
 class EngineFact(msgspec.Struct, frozen=True):
     """A real or emulated engine of a live run. version: as its server says. round_trip_ns: to it and back while it was
-    idle, null where nobody asked."""
+    idle, null where nobody asked. states: every change, in order; the first is usually its being found healthy."""
 
     name: str
     url: str
@@ -105,6 +115,7 @@ class EngineFact(msgspec.Struct, frozen=True):
     adapter: str
     version: str = UNKNOWN
     round_trip_ns: int | None = None
+    states: tuple[StateFact, ...] = ()
 
 
 class PowerFact(msgspec.Struct, frozen=True):

@@ -61,7 +61,7 @@ class Pool:
         head_s: float | None = None,
         idle_s: float = 30.0,
     ) -> None:
-        secure, self.host, self.port, self._base_path = _endpoint(url)
+        secure, self.host, self.port, self._base_path = endpoint(url)
         self.tick = 0
         """Seconds since the start, as counted by the sweep."""
         self._tls = (tls or ssl.create_default_context()) if secure else None
@@ -240,7 +240,7 @@ class Pool:
 _PORTS = (80, 443)
 
 
-def _endpoint(url: str) -> tuple[bool, str, int, str]:
+def endpoint(url: str) -> tuple[bool, str, int, str]:
     """Whether TLS, host, port, path."""
     expected = "expected http://HOST:PORT or https://HOST:PORT, and perhaps a path"
     try:

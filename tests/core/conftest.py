@@ -83,7 +83,6 @@ def _pipeline(name: str) -> Pipeline:
     return found
 
 
-
 def _ask(request: int, pipeline: str = "chat", **changes: Any) -> e.RequestArrived:
     fields: dict[str, Any] = {
         "kind": 2 if pipeline == "embed" else 0,
