@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import Final, Protocol, TypeAlias
@@ -63,7 +64,7 @@ class Transport(Protocol):
     async def close(self) -> None: ...
 
 
-class Asking:
+class Asking(ABC):
     """A :class:`Taker`. ``live``: those that have not ended, itself among them while it lasts."""
 
     def __init__(
@@ -101,12 +102,13 @@ class Asking:
 
     # --- whom the answer goes to --------------------------------------------------------------------------------------
 
+    @abstractmethod
     def ended(self, body: bytes) -> None:
         """The whole answer, or the end of a stream (empty)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failed(self, error: Exception) -> None:
-        raise NotImplementedError
+        """There is no answer, or no more of it."""
 
     def waits(self) -> bool:
         """Whether the silence is the reader's doing."""
