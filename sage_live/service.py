@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from sage_core import events as e
+from sage_core.classify import SHAPES, ClassificationError, RequestClassifier
 from sage_core.commands import Fail, Reject, Respond
 from sage_core.errors import ConfigError
 from sage_core.native_plane import Plane
@@ -24,6 +25,9 @@ from sage_live.http_engine import EngineSpec, HttpEngine
 
 PIPELINES: Final = {RequestKind.LLM_CHAT: "chat", RequestKind.LLM_GENERATE: "generate", RequestKind.EMBEDDING: "embed"}
 """What a request of each kind goes through, on the pool of its model."""
+
+SHAPE_OF: Final = {kind: key for key, kind in SHAPES.items()}
+"""The key of the body that says what is asked; each body was decoded by it."""
 
 TENANTS_MAX: Final = 10_000
 """Names of tenants that the plane may come to know: it remembers each for good. Whoever comes later is :data:`OTHERS`."""
@@ -116,6 +120,7 @@ class InferenceService:
         self._health = health or HealthConfig()
         self.observe = observe
         self._on_state = on_state
+        self._classifier = RequestClassifier()
         self._tenants: set[str] = {"default"}
         self._pools: dict[str, tuple[str, PoolKind]] = {}  # what each was first, for the plane never forgets
         self._request_next = 0
@@ -148,6 +153,7 @@ class InferenceService:
         self._pools[pool] = (spec.model, spec.kind)
         if served is None:
             served = self.models[spec.model] = Served(spec.model, spec.kind, pool)
+            self._register()
         served.engines += 1
         self.driver.add(engine)
         watch = self.watches[engine.name] = Watch(engine, self.driver, self._health, self._peers, self._state)
@@ -165,9 +171,19 @@ class InferenceService:
             served.engines -= 1
             if not served.engines:
                 del self.models[served.model]
+                self._register()
                 for call in self.calls.values():
                     if call.model == served.model:
                         self._give_up(call, errors.overloaded(5.0, f"No engine of {call.model} is in service."))
+
+    def _register(self) -> None:
+        """The classifier knows what is served now, whatever a model's name may suggest."""
+        self._classifier = RequestClassifier(
+            {
+                model: RequestKind.EMBEDDING if served.kind is PoolKind.EMBEDDING else RequestKind.LLM_CHAT
+                for model, served in self.models.items()
+            }
+        )
 
     def set_policy(self, name: str) -> None:
         """Queued work is decided anew under it. The plane raises for an unknown one: check before."""
@@ -197,9 +213,10 @@ class InferenceService:
         served = self.models.get(call.model)
         if served is None:
             raise errors.model_not_found(call.model, sorted(self.models))
-        if (call.kind is RequestKind.EMBEDDING) != (served.kind is PoolKind.EMBEDDING):
-            wants = "embeddings" if served.kind is PoolKind.EMBEDDING else "chat or completions"
-            raise errors.bad_request(f"Model {call.model} serves {wants} only; use that endpoint.", param="model")
+        try:
+            call.kind = self._classifier.classify(call.path, call.model, (SHAPE_OF[call.kind],))
+        except ClassificationError as error:
+            raise errors.bad_request(f"{error}.", param="model") from None
         if self.draining:
             raise errors.overloaded(5.0, "The gateway is shutting down.")
         if self.driver.live >= self.config.live_max:

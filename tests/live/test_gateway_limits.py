@@ -14,9 +14,11 @@ from gateway_harness import (
     ANSWER,
     CHAT,
     COMPLETIONS,
+    EMBEDDINGS,
     LLM,
     ask,
     chat,
+    embed_spec,
     gateway,
     llm_spec,
     run,
@@ -212,3 +214,18 @@ def test_a_broken_plane_says_so_and_tells_nobody_why(caplog: pytest.LogCaptureFi
 
     with pytest.raises(AssertionError, match="no log can hold"):  # the harness looks too
         run(main())
+
+
+def test_a_request_is_classified_by_what_is_served_not_by_what_a_name_suggests() -> None:
+    async def main() -> None:
+        async with scripted(lambda request: request.respond(200, ANSWER)) as engine:
+            specs = [llm_spec(engine.port, model="bge-chat"), embed_spec(engine.port, model="plain")]
+            async with serving(specs) as served:
+                assert (await ask(served.port, CHAT, {**chat(), "model": "bge-chat"})).status == 200
+                for path, model, body in ((CHAT, "plain", chat()), (EMBEDDINGS, "bge-chat", {"input": "x"})):
+                    wrong = await ask(served.port, path, {**body, "model": model})
+                    assert wrong.status == 400 and wrong.json["error"]["param"] == "model"
+                    assert "registered" in wrong.json["error"]["message"]
+                assert [event.kind for event in served.heard(e.RequestArrived)] == [0]
+
+    run(main())
