@@ -124,9 +124,9 @@ class Engine:
         """Resident memory of all its processes; pages that they share count for each."""
         return sum(process.memory_info().rss for process in self.processes())
 
-    def pid(self, title: str) -> int:
-        """The process of this engine whose title begins with ``title``: vLLM names its own ``VLLM::Worker`` and so on."""
-        (found,) = (process.pid for process in self.processes() if " ".join(process.cmdline()).startswith(title))
+    def process_titled(self, title: str) -> psutil.Process:
+        """The process of this engine whose title begins so: vLLM names its own ``VLLM::Worker`` and so on."""
+        (found,) = (process for process in self.processes() if " ".join(process.cmdline()).startswith(title))
         return found
 
     def processes(self) -> list[psutil.Process]:

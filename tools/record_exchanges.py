@@ -199,7 +199,7 @@ def answer(running: live_engines.Engine, question: Question, request: bytes) -> 
     for number, read in enumerate(ask(running.port, request), 1):
         yield read
         if question.fatal and number == FATAL_READS:
-            os.kill(running.pid("VLLM::Worker"), signal.SIGKILL)
+            os.kill(running.process_titled("VLLM::Worker").pid, signal.SIGKILL)
 
 
 def ask(port: int, request: bytes) -> Iterator[tuple[float, bytes]]:
