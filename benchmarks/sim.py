@@ -167,7 +167,7 @@ def serve(*, reference: bool) -> tuple[float, list[tuple[int, Sequence[AnyEvent]
         block_size=16,
         kv_blocks=20_000,
     )
-    device = SimulatedDevice(0, "node", replica, None, lambda _: 128, reference=reference)
+    device = SimulatedDevice(0, "node", replica, None, lambda request, stage: 128, reference=reference)
     told: list[tuple[int, Sequence[AnyEvent]]] = []
     arrivals = [(Nanos(round(i * 1e9 / RATE_PER_REPLICA)), i) for i in range(WALKED)]
     started = time.process_time()

@@ -14,13 +14,15 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 
 from sage_bench.config import NAME, DeviceConfig, EmbedConfig, LlmConfig, RunConfig, SimDriverConfig
+from sage_bench.pipelines.staged_load import StagedLoad
 from sage_bench.results.devices import devices_of, listed_price, price_of
 from sage_core import native_plane as planes
-from sage_core.backend import ContentsOf
+from sage_core.backend import ContentsOf, OutputTokens
+from sage_core.declared import DeclarationError, Declared, declared
 from sage_core.errors import ConfigError, SageError
-from sage_core.load import Contents, Load
+from sage_core.load import ANSWER, Contents, Load
 from sage_core.native_plane import Plane
-from sage_core.pipeline import Pipeline, single_request_pipelines
+from sage_core.pipeline import Pipeline, pipeline_of, single_request_pipelines
 from sage_core.policy import Policy, native_twin
 from sage_core.rng import Streams
 from sage_core.slo import SloTable
@@ -56,6 +58,7 @@ class Parts:
     slo: SloTable
     load: Load
     pipelines: dict[str, Pipeline]
+    declared: dict[str, Declared]  # those of them that a file declares
     profiles: dict[str, Profile]
     policy: Policy  # one of its own, to be looked at; the plane makes another
     warnings: list[str]
@@ -73,12 +76,16 @@ def make_parts(config: RunConfig) -> Parts:
             raise ConfigError(f"load._target_: {type(load).__name__} has no {method}(); see sage_core.load.Load")
     profiles = {name: load_profile(name) for name in _profile_names(config)}
     _check_cluster(config, profiles)
+    declarations = declared_of(config)
+    pipelines = pipelines_of(declarations)
+    _check_pipelines(config, load, pipelines)
     return Parts(
         config,
         streams,
         slo,
         load,
-        single_request_pipelines(),
+        pipelines,
+        declarations,
         profiles,
         make_policy(config),
         [*_warnings(config, profiles), *getattr(load, "notes", ())],
@@ -99,8 +106,51 @@ def make_plane(config: RunConfig, truth: TruthOf | None = None) -> Plane:
 
     policies[chosen] = active
     return planes.make_plane(
-        config.mechanism, single_request_pipelines(), policies, chosen, attempts_max=config.attempts_max
+        config.mechanism, pipelines_of(declared_of(config)), policies, chosen, attempts_max=config.attempts_max
     )
+
+
+def declared_of(config: RunConfig) -> dict[str, Declared]:
+    """Pipelines that the configuration declares, by name: one, or several below ``pipelines``. Raises ConfigError."""
+    node = config.pipeline
+    if node == {"kind": "single"}:
+        return {}
+    several = node["pipelines"] if set(node) == {"pipelines"} and isinstance(node["pipelines"], list) else [node]
+    found: dict[str, Declared] = {}
+    for plain in several:
+        try:
+            each = declared(plain)
+        except DeclarationError as error:
+            raise ConfigError(f"pipeline.{error}") from error
+        name = each.pipeline.name
+        if name in found or name in single_request_pipelines():
+            raise ConfigError(f"pipeline.name: {name} is taken; choose another name")
+        found[name] = each
+    return found
+
+
+def pipelines_of(declarations: Mapping[str, Declared]) -> dict[str, Pipeline]:
+    """Everything that a request may go through, by name."""
+    return {**single_request_pipelines(), **{name: each.pipeline for name, each in declarations.items()}}
+
+
+def _check_pipelines(config: RunConfig, load: Load, pipelines: Mapping[str, Pipeline]) -> None:
+    """Every pipeline that the load names is known, and somebody does each of its stages."""
+    mix = getattr(load, "mix", None)
+    pools = {group.operator.pool for group in config.cluster.devices if group.operator is not None}
+    pools |= {each.pool for group in config.cluster.devices for each in group.engines}
+    for asked in dict.fromkeys(each.pipeline for each in getattr(mix, "classes", ())):
+        pipeline = pipeline_of(dict(pipelines), asked)
+        if pipeline is None:
+            raise ConfigError(
+                f"load.classes: pipeline {asked!r} is not known; known: {', '.join(pipelines)} (choose one with pipeline=NAME)"
+            )
+        for stage in pipeline.stages:
+            if not stage.free and stage.op.pool not in pools:
+                raise ConfigError(
+                    f"cluster.devices: stage {stage.name} of pipeline {asked} needs pool {stage.op.pool!r}, and no device "
+                    f"has it; they have {', '.join(sorted(pools))}"
+                )
 
 
 def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -> SimDriver:
@@ -115,17 +165,20 @@ def make_driver(parts: Parts, record: Recorder | ColumnRecorder | None = None) -
         return driver
 
     def truth(request: int) -> int:
-        return driver_of_run().output_tokens(request)
+        return driver_of_run().output_tokens(request, ANSWER)
+
+    def results(request: int, stage: int) -> int:
+        return driver_of_run().output_tokens(request, stage)
 
     def contents(request: int) -> Contents | None:
         return driver_of_run().contents(request)
 
-    truths = Truths(truth, contents)
+    truths = Truths(results, contents)
 
     devices = device_makers(parts, truths)
     driver = SimDriver(
         make_plane(config, truth),
-        parts.load,
+        StagedLoad(parts.load, parts.declared, parts.streams) if parts.declared else parts.load,
         devices,
         parts.streams,
         network=config.cluster.network,
@@ -363,13 +416,13 @@ def _warnings(config: RunConfig, profiles: Mapping[str, Profile]) -> list[str]:
 
 
 class Truths(NamedTuple):
-    """What devices may know of a request: its output length, and what its prompt begins with."""
+    """What devices may know of a request: the sizes of its results, and what its prompt begins with."""
 
-    output_tokens: TruthOf
+    output_tokens: OutputTokens
     contents: ContentsOf
 
 
-_NOBODY: Final = Truths(lambda request: 0, lambda request: None)
+_NOBODY: Final = Truths(lambda request, stage: 0, lambda request: None)
 
 
 def _device_maker(
@@ -395,8 +448,8 @@ def _device_maker(
                     workers=o.workers,
                     fixed_ns=_ns(o.fixed_s),
                     input_token_ns=_ns(o.input_token_s),
-                    output_tokens=o.output_tokens,
                 ),
+                truths.output_tokens,
             )
         if (apart := group.disaggregated) is not None:
             memory = profiles[apart.prefill.profile].memory

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sage_bench.pipelines.file import read_pipeline
 from sage_core.errors import ConfigError
 from sage_core.units import SECONDS_MAX
 from sage_sim.faults import Fault
@@ -122,7 +123,6 @@ class OperatorConfig(_Strict, frozen=True):
     workers: Positive = 1
     fixed_s: Seconds = 0.0
     input_token_s: Seconds = 0.0
-    output_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class KvLinkConfig(_Strict, frozen=True):
@@ -193,7 +193,7 @@ class LiveDriverConfig(_Strict, frozen=True, tag_field="kind", tag="live"):
     engine); empty: emulated engines are started, as the devices say. adapters: of each pool; others are ``vllm``.
     models: what the engines of a pool call their model, where that is not the pool's name. tokenizer: a tokenizer.json,
     by which prompts have exact lengths; null: about as long. exact_output: engines are told to generate as many tokens
-    as the load says (``ignore_eos``); else they stop by themselves. stream: LLM answers are streamed. processes: of the
+    as the load says (``ignore_eos``); else they stop by themselves. indexes: folders of the indexes that pipelines name. stream: LLM answers are streamed. processes: of the
     load generator. drain_s: what may pass after the last arrival of an open loop; then what has no answer is given up.
     """
 
@@ -202,15 +202,10 @@ class LiveDriverConfig(_Strict, frozen=True, tag_field="kind", tag="live"):
     models: dict[str, str] = {}
     tokenizer: str | None = None
     exact_output: bool = True
+    indexes: dict[str, str] = {}
     stream: bool = True
     processes: Positive = 1
     drain_s: Seconds = 120.0
-
-
-class PipelineConfig(_Strict, frozen=True):
-    """Which pipelines requests may ask for."""
-
-    kind: Literal["single"] = "single"
 
 
 class RecordConfig(_Strict, frozen=True):
@@ -233,7 +228,7 @@ class RunConfig(_Strict, frozen=True):
     record: RecordConfig
     driver: SimDriverConfig | LiveDriverConfig
     cluster: ClusterConfig
-    pipeline: PipelineConfig
+    pipeline: dict[str, Any]
     policy: dict[str, Any]
     load: dict[str, Any]
     slo: dict[str, Any]
@@ -268,10 +263,22 @@ def checked(config: DictConfig | dict[str, Any]) -> tuple[RunConfig, dict[str, A
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {str(error).splitlines()[0]}") from error
     plain.pop("experiment", None)
+    plain["pipeline"] = _pipeline(plain.get("pipeline"))
     try:
         return msgspec.convert(plain, RunConfig, strict=True), plain
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), plain)) from error
+
+
+def _pipeline(node: Any) -> Any:
+    """What requests may go through beside single requests, complete in itself: a file is read now, so that what a run
+    writes down of itself needs no file."""
+    if isinstance(node, dict) and node.get("kind") == "file":
+        given = {key: value for key, value in node.items() if key != "kind"}
+        if not isinstance(given.get("path"), str):
+            raise ConfigError("config: pipeline.path: expected a YAML file; pipeline=file pipeline.path=PATH")
+        return read_pipeline(given.pop("path")) | given  # what else is given beside it changes it
+    return node
 
 
 def override_hint(key: str) -> str | None:
@@ -313,7 +320,6 @@ _STRUCTS: Final[dict[str, type]] = {
     "driver": SimDriverConfig,
     "driver(live)": LiveDriverConfig,
     "cluster": ClusterConfig,
-    "pipeline": PipelineConfig,
     "cluster.devices[...]": DeviceConfig,
     "cluster.devices[...].llm": LlmConfig,
     "cluster.devices[...].llm.speculative": SpeculativeConfig,

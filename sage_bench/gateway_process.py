@@ -34,6 +34,7 @@ class Job(msgspec.Struct, frozen=True):
 
     port: int
     engines: list[EngineSpec]
+    indexes: dict[str, str] = {}
     health: HealthConfig = HealthConfig()
     live_max: int = 1_000_000  # an open loop is not to be turned away by us: its queue is what is measured
     request_s: float = 3600.0
@@ -95,6 +96,7 @@ def main(folder: Path) -> None:
             job.health,
             job.engines,
             record=folder,
+            indexes={name: Path(index) for name, index in job.indexes.items()},
         ),
         lambda gateway, port: None,
     )

@@ -208,10 +208,10 @@ def _check(parts: Parts, driver: LiveDriverConfig) -> None:
     """What a live run cannot do, asked before anything is written or started."""
     engines = [engine for group in parts.config.cluster.devices for _ in range(group.count) for engine in group.engines]
     for index, group in enumerate(parts.config.cluster.devices):
-        if group.operator is not None or group.disaggregated is not None or group.mps is not None:
+        if group.disaggregated is not None or group.mps is not None:
             raise ConfigError(
-                f"cluster.devices[{index}]: a live run has LLM and embedding engines; operator, disaggregated and mps are "
-                "for simulations"
+                f"cluster.devices[{index}]: a live run has LLM and embedding engines, and functions; disaggregated and mps "
+                "are for simulations"
             )
     if driver.engines and len(driver.engines) != len(engines):
         raise ConfigError(
@@ -255,12 +255,12 @@ def _served(parts: Parts, pools: Mapping[str, PoolKind]) -> dict[str, str]:
     found = {}
     for name, pipeline in parts.pipelines.items():
         pool = pipeline.stages[0].op.pool
-        for asked in {pool, *pools}:
+        for asked in {pool, *pools} if name not in parts.declared else ():
             if asked in pools and (pools[asked] is PoolKind.EMBEDDING) == (name == "embed"):
                 found[f"{name}@{asked}"] = asked
                 if asked == pool:
                     found[name] = asked
-    return found
+    return found | {name: name for name in parts.declared}  # a pipeline is asked for as if it were a model
 
 
 async def _measure(parts: Parts, driver: LiveDriverConfig, folder: Path, tell: Tell) -> _Seen:
@@ -270,7 +270,7 @@ async def _measure(parts: Parts, driver: LiveDriverConfig, folder: Path, tell: T
         tell("starting engines")
         specs = await _unless(stop, _engines(parts, driver, running))
         port = _free_port()
-        (folder / JOB).write_bytes(msgspec.json.encode(Job(port, specs)))
+        (folder / JOB).write_bytes(msgspec.json.encode(Job(port, specs, driver.indexes)))
         tell("starting the gateway")
         gateway = await _unless(
             stop,
@@ -398,13 +398,15 @@ async def _generate(parts: Parts, driver: LiveDriverConfig, options: Options, wi
 async def _engines(parts: Parts, driver: LiveDriverConfig, running: AsyncExitStack) -> list[EngineSpec]:
     """Every engine of the cluster, up: emulated ones are started."""
     groups = [group for group in parts.config.cluster.devices for _ in range(group.count)]
-    joined = [maker(0).joined() for maker in device_makers(parts)]
+    joined = {
+        number: maker(0).joined()
+        for number, (group, maker) in enumerate(zip(groups, device_makers(parts), strict=True))
+        if group.operator is None  # functions are called by the gateway itself
+    }
     if driver.engines:
         urls = iter(driver.engines)
-        return [
-            engine_spec(each, next(urls), number, driver) for number, engines in enumerate(joined) for each in engines
-        ]
-    starting = [asyncio.ensure_future(_emulated(number, group, running)) for number, group in enumerate(groups)]
+        return [engine_spec(each, next(urls), number, driver) for number, engines in joined.items() for each in engines]
+    starting = [asyncio.ensure_future(_emulated(number, groups[number], running)) for number in joined]
     try:
         urls_of = await asyncio.gather(*starting)
     except BaseException:
@@ -414,7 +416,7 @@ async def _engines(parts: Parts, driver: LiveDriverConfig, running: AsyncExitSta
         raise
     return [
         engine_spec(each, url, number, driver)
-        for number, (url, engines) in enumerate(zip(urls_of, joined, strict=True))
+        for url, (number, engines) in zip(urls_of, joined.items(), strict=True)
         for each in engines
     ]
 
@@ -505,6 +507,9 @@ async def _options(parts: Parts, driver: LiveDriverConfig, url: str, specs: Sequ
         return options
     measured = {}
     for name, model in models.items():
+        if name in parts.declared:  # its prompt is a stage's; what the client sends is a part of that
+            measured[name] = model
+            continue
         kind = KIND_OF[name.partition("@")[0]]
         engine = next(spec for spec in specs if spec.pool == model.name)  # not by the gateway: it would be in the log
         there = Model(engine.upstream_model or model.name, model.prompts)

@@ -22,7 +22,7 @@ from sage_bench.live import engine_spec
 from sage_bench.live_manifest import Started, write_live_manifest
 from sage_bench.results.manifest import Source
 from sage_bench.run import prepare
-from sage_bench.serving import EngineConfig, RecordedService, Served, parse_engine, recorder, with_names
+from sage_bench.serving import EngineConfig, RecordedService, Served, deploy, parse_engine, recorder, with_names
 from sage_core.errors import ConfigError, EngineError
 from sage_core.slo import SloTable
 from sage_live.client.inprocess import ServiceTransport
@@ -116,6 +116,9 @@ class OwnPlane:
         running.push_async_callback(end)
         for spec in specs:
             service.add_engine(spec)
+        driver = config.driver
+        assert isinstance(driver, LiveDriverConfig)
+        deploy(service, config, {name: Path(folder) for name, folder in driver.indexes.items()})
         return service
 
 
@@ -154,18 +157,20 @@ def _emulated(config: RunConfig) -> Start:
     """Those of ``cluster.devices``; a pool's name is its model's. ConfigError for what cannot be emulated."""
     groups = [group for group in config.cluster.devices for _ in range(group.count)]
     for index, group in enumerate(groups):
-        if group.operator is not None or group.disaggregated is not None or group.mps is not None:
+        if group.disaggregated is not None or group.mps is not None:
             raise ConfigError(
                 f"cluster.devices: device {index} is not one of LLM and embedding engines that take turns, which is what "
                 "can be emulated"
             )
     if config.cluster.faults:
         raise ConfigError("cluster.faults: are for simulations; an emulated cluster has none")
-    joined = [maker(0).joined() for maker in device_makers(make_parts(config))]
+    makers = device_makers(make_parts(config))
 
     async def start(running: AsyncExitStack) -> list[EngineSpec]:
         specs = []
-        for number, (group, replicas) in enumerate(zip(groups, joined, strict=True)):
+        for number, (group, maker) in enumerate(zip(groups, makers, strict=True)):
+            if group.operator is not None:  # functions are called in this process
+                continue
             llm, embed = group.llm, group.embed
             emulated = emulation(
                 llm,
@@ -176,7 +181,7 @@ def _emulated(config: RunConfig) -> Start:
             server = await EmulatedServer.start(emulated.make, llm=emulated.llm, embedding=emulated.embedding)
             running.push_async_callback(server.close)
             url = f"http://127.0.0.1:{server.port}"
-            specs += [engine_spec(replica, url, number, LiveDriverConfig()) for replica in replicas]
+            specs += [engine_spec(replica, url, number, LiveDriverConfig()) for replica in maker(0).joined()]
         return specs
 
     return start

@@ -17,7 +17,7 @@ import msgspec
 import uvloop
 import yaml
 
-from sage_bench.compose import make, make_plane
+from sage_bench.compose import declared_of, make, make_plane, pipelines_of
 from sage_bench.config import RunConfig
 from sage_bench.discovery import check_url
 from sage_bench.results.native_recorder import NativeRecorder
@@ -27,7 +27,6 @@ from sage_core.commands import AnyCommand
 from sage_core.errors import ConfigError, DataError, OutputError
 from sage_core.events import AnyEvent
 from sage_core.native_plane import Plane
-from sage_core.pipeline import single_request_pipelines
 from sage_core.slo import SloTable
 from sage_core.stepper import ColumnRecorder, Recorder
 from sage_core.units import NEVER, PoolKind, seconds
@@ -38,6 +37,8 @@ from sage_live.gateway.rate import RateLimits
 from sage_live.gateway.tracing import Tracer
 from sage_live.health import HealthConfig, State, Watch
 from sage_live.http_engine import EngineSpec, HttpEngine
+from sage_live.pipelines.function_engine import Workers
+from sage_live.pipelines.pipeline import LivePipeline
 from sage_live.service import InferenceService, ServiceConfig
 from sage_policies.presets import PRESETS
 
@@ -159,7 +160,7 @@ def with_names(specs: Sequence[EngineSpec]) -> list[EngineSpec]:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What to serve, beside a run's configuration. record: the folder for log and rows; None: nothing is kept."""
+    """What to serve, beside a run's configuration. indexes: what its pipelines retrieve from. record: the folder for log and rows; None: nothing is kept."""
 
     gateway: GatewayConfig
     service: ServiceConfig = field(default_factory=ServiceConfig)
@@ -171,6 +172,7 @@ class Serving:
     tracer: Tracer | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     record: Path | None = None
+    indexes: Mapping[str, Path] = field(default_factory=dict)
     on_state: Callable[[str, str, str], None] = lambda engine, state, why: None
 
 
@@ -279,6 +281,7 @@ async def gateway(config: RunConfig, serving: Serving) -> AsyncIterator[tuple[Ga
         try:
             for spec in serving.engines:
                 service.add_engine(spec)
+            deploy(service, config, serving.indexes)
             await made.start()
             yield made, served
         finally:
@@ -286,6 +289,17 @@ async def gateway(config: RunConfig, serving: Serving) -> AsyncIterator[tuple[Ga
             served.append(service.served(rows))
         if service.driver.broken is not None:
             raise ControlPlaneError  # so that the recorder does not expect every request to have an outcome
+
+
+def deploy(service: InferenceService, config: RunConfig, indexes: Mapping[str, Path]) -> None:
+    """Put the declared pipelines of the configuration in service, once their engines are. ConfigError, DataError."""
+    workers: dict[str, Workers] = {}
+    for group in config.cluster.devices:
+        if (o := group.operator) is not None:
+            count = group.count * o.workers + (workers[o.pool].at_once if o.pool in workers else 0)
+            workers[o.pool] = Workers(count, o.fixed_s * 1e9, o.input_token_s * 1e9)
+    for declaration in declared_of(config).values():
+        service.add_pipeline(LivePipeline(declaration, indexes), workers)
 
 
 class ControlPlaneError(Exception):
@@ -327,7 +341,8 @@ def recorder(
     """Who makes the rows of a live run, and what the driver is to tell of each step."""
     if folder is None:
         return None, None
-    pipelines = {name: [(s.op.name, s.op.pool) for s in p.stages] for name, p in single_request_pipelines().items()}
+    known = pipelines_of(declared_of(config))
+    pipelines = {name: [(s.op.name, s.op.pool) for s in p.stages] for name, p in known.items()}
     about: dict[str, Any] = {"warmup_ns": seconds(config.warmup_s), "cooldown_at": NEVER, "tasks": config.record.tasks}
     if config.mechanism == "native":
         columns = files.enter_context(LiveRecorder(folder, pipelines, slo, steps=config.record.steps, **about))

@@ -16,9 +16,11 @@ from sage_bench.metrics.compare import Condition
 from sage_bench.metrics.definitions import METRICS
 from sage_bench.metrics.measure import ALL
 from sage_bench.metrics.saturation import BALANCE_MIN
+from sage_bench.metrics.stage_spans import stage_means
 from sage_bench.metrics.statistics import CONFIDENCE
 from sage_bench.metrics.summary import Summary, Sweep
 from sage_bench.results.schema import KINDS
+from sage_core.units import MILLISECOND
 
 DETAILED_MAX: Final = 4
 """Conditions of one experiment that get tables and figures of their own; of more, an overview is shown."""
@@ -116,6 +118,7 @@ def sheets(summary: Summary) -> Iterator[Sheet]:
             for condition in of:
                 yield from _policies(summary, condition)
                 yield from _latencies(summary, condition)
+                yield from _stages(condition)
                 if len(condition.arms) > 1:
                     yield _verdicts(summary, condition)
     yield from (_saturation(summary, sweep) for sweep in summary.sweeps)
@@ -168,6 +171,19 @@ def _latencies(summary: Summary, condition: Condition) -> Iterator[Sheet]:
         if names:
             rows = [[policy, *(_cell(of, policy, kind, name) for name in names)] for policy in condition.arms]
             yield Sheet(f"{_title(condition)}: {kind}", ["policy", *map(_heading, names)], rows)
+
+
+def _stages(condition: Condition) -> Iterator[Sheet]:
+    """Where the time of requests through declared pipelines went."""
+    rows = []
+    for policy, runs in condition.arms.items():
+        for row in stage_means(runs).to_dict("records"):
+            spans = [_number(row[name] / MILLISECOND) for name in ("queue_ns", "service_ns")]
+            stage = f"{row['pipeline']}.{row['name']}"
+            rows.append([policy, stage, row["pool"], _number(row["requests"]), *spans, f"{100 * row['share']:.1f}"])
+    if rows:
+        columns = ["policy", "stage", "pool", "on path\n(requests)", "queued\n(ms)", "service\n(ms)", "of E2E\n(%)"]
+        yield Sheet(f"{_title(condition)}: stages", columns, rows)
 
 
 def _verdicts(summary: Summary, condition: Condition) -> Sheet:

@@ -14,8 +14,9 @@ from sage_core.events import AnyEvent, ReplicaJoined, ReplicaReported
 from sage_core.load import Contents
 from sage_core.units import Nanos
 
-OutputTokens: TypeAlias = Callable[[int], int]
-"""True output length of a request id. Only backends hold it: this is the oracle boundary."""
+OutputTokens: TypeAlias = Callable[[int, int], int]
+"""True size of the result of (request id, stage): output tokens, or an outcome; :data:`sage_core.load.AS_INPUT` where it
+is that of the input. Only backends hold it: this is the oracle boundary."""
 
 ContentsOf: TypeAlias = Callable[[int], Contents | None]
 """What the prompt of a request id begins with; also on this side of the oracle boundary."""

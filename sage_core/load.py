@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,26 @@ class Contents(NamedTuple):
     blocks: tuple[int, ...]
 
 
+AS_INPUT: Final = -1
+"""Size of a result that is as large as what it is made of."""
+
+ANSWER: Final = -1
+"""Stands for the stage that answers, where a stage is asked for."""
+
+
 class Arrival(NamedTuple):
-    """A request to send at ``at`` (ns), and what only backends may know: its output length, and what its prompt shares
-    with others."""
+    """A request to send at ``at`` (ns), and what only backends may know: its output length, what its prompt shares with
+    others, and of a pipeline of several stages the size of each result."""
 
     at: Nanos
     request: RequestArrived
     output_tokens: int
     contents: Contents | None = None
+    results: tuple[int, ...] = ()
+
+    def result(self, stage: int) -> int:
+        """Size of the result of ``stage``, or of the answer."""
+        return self.results[stage] if self.results and stage != ANSWER else self.output_tokens
 
 
 class Arrivals(NamedTuple):

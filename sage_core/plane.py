@@ -22,9 +22,9 @@ from sage_core.errors import ConfigError, IllegalEvent, InvariantViolation, Poli
 from sage_core.executor import Run
 from sage_core.lifecycle import REPLICA, REQUEST, TASK, ReplicaState, RequestState, TaskState, advance
 from sage_core.pipeline import Pipeline, Stage, pipeline_of
-from sage_core.policy import Policy, Predict, raised
+from sage_core.policy import Policy, Predict, Speed, raised
 from sage_core.reference import Mechanism, checked, part_name
-from sage_core.units import TASK_BITS, Nanos, PoolKind, RequestKind, request_of, task_id
+from sage_core.units import NEVER, TASK_BITS, Nanos, PoolKind, RequestKind, request_of, task_id
 
 TOKENS_MAX = 1 << 40
 """Tokens a request may name: sums over millions of tasks still fit the int64 columns."""
@@ -318,6 +318,11 @@ class ControlPlane:
             except Exception as error:
                 self._blame(error)
             checked_prediction(predict, predicted)
+        ttft_due_at, due_at = arrived.ttft_due_at, arrived.due_at
+        pipeline = request.run.pipeline
+        if pipeline.critical_path and min(ttft_due_at, due_at) < NEVER:
+            speeds = [self._speed(each.op.pool) for each in pipeline.stages]
+            ttft_due_at, due_at = request.run.due(stage, ttft_due_at, due_at, arrived.output_tokens_max, speeds)
         spec = Task(task, stage.index, attempt, arrived.priority, now, input_tokens, output_tokens_max, arrived.prefix)
         request.tasks.append(task)
         self._tasks[task] = _Task(spec, pool)
@@ -332,14 +337,18 @@ class ControlPlane:
             attempt,
             arrived.scheduled_at,
             now,
-            arrived.ttft_due_at,
-            arrived.due_at,
+            ttft_due_at,
+            due_at,
             input_tokens,
             output_tokens_max,
             predicted,
             arrived.prefix,
         )
         return task
+
+    def _speed(self, pool: str) -> Speed:
+        index = self._pools.get(pool)
+        return Speed() if index is None else self._mechanism.speed(index)
 
     def _dispatch(self, decisions: list[tuple[int, int]], commands: list[AnyCommand]) -> None:
         """One command a replica, in order of its first decision."""

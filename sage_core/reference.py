@@ -458,6 +458,10 @@ class Mechanism:
             raise IllegalEvent(f"replica {replica} is not known")
         return pool
 
+    def speed(self, pool: int) -> Speed:
+        """Of the fastest serving replica of a pool, cost by cost."""
+        return self._pools[pool].speed()
+
     # --- what policies see ----------------------------------------------------------------------------------------
 
     def task_view(self, pool: int, tasks: list[int]) -> Table:

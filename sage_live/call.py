@@ -5,10 +5,13 @@ Payloads live here and only here: the control plane sees ids and sizes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sage_core.units import RequestKind
 from sage_live.errors import ApiError
+
+if TYPE_CHECKING:
+    from sage_live.pipelines.run import PipelineRun
 
 
 class Answer(Protocol):
@@ -72,6 +75,7 @@ class Call:
         "reply",
         "reply_type",
         "request",
+        "run",
         "stream",
         "tail",
         "tenant",
@@ -103,6 +107,8 @@ class Call:
         self.traceparent: bytes | None = None
         """Sent to the engine (W3C Trace Context), where the request is traced."""
         self.request = -1
+        self.run: PipelineRun | None = None
+        """Of a request for a declared pipeline: its stages, each of which is a call of its own."""
         self.flow: Flow | None = None
         """Of a stream: the engine's end, which can be told to wait."""
         self.begun = False

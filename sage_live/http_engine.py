@@ -143,7 +143,9 @@ class HttpEngine:
                 self._send_embeddings(command)
             else:
                 for task in command.tasks:
-                    call = self._calls[request_of(task.task)]
+                    call = self._call_of(task)
+                    if call is None:
+                        continue
                     try:
                         self._send(task, call)
                     except Exception as error:
@@ -208,35 +210,46 @@ class HttpEngine:
         self._fly(flight, task.task, call)
         flight.exchange = self.pool.send("POST", call.path, _headers(call), body, flight)
 
+    def _call_of(self, task: Task) -> Call | None:
+        """What is to be sent: the client's request, or a stage of it. None: it cannot be made, and the plane was told."""
+        call = self._calls[request_of(task.task)]
+        if call.run is None:
+            return call
+        try:
+            return call.run.stage_call(task)
+        except Exception as error:
+            call.error = errors.upstream_failed(f"A stage of the pipeline cannot be sent: {error}")
+            self.post(e.TaskFailed(task.task, str(error), False))
+            return None
+
     def _send_embeddings(self, command: Dispatch) -> None:
         """Tasks that can share a request do."""
-        if len(command.tasks) == 1:
-            self._send_whole(command.tasks[0].task)
+        calls = {each.task: call for each in command.tasks if (call := self._call_of(each)) is not None}
+        if len(calls) == 1:
+            self._send_whole(*next(iter(calls.items())))
             return
         shared: dict[bytes, list[tuple[int, Parts]]] = {}
-        for each in command.tasks:
-            call = self._calls[request_of(each.task)]
+        for task, call in calls.items():
             try:
                 parts = take_apart(call.body)
             except Exception as error:
-                self.unsendable(each.task, call, error)
+                self.unsendable(task, call, error)
                 continue
-            shared.setdefault(parts.key, []).append((each.task, parts))
+            shared.setdefault(parts.key, []).append((task, parts))
         for members in shared.values():
             if len(members) == 1:
-                self._send_whole(members[0][0])
+                self._send_whole(members[0][0], calls[members[0][0]])
                 continue
-            flight = _Batch(self, {task: (self._calls[request_of(task)], parts) for task, parts in members})
+            flight = _Batch(self, {task: (calls[task], parts) for task, parts in members})
             for task, _ in members:
-                self._fly(flight, task, self._calls[request_of(task)])
-            calls = [self._calls[request_of(task)] for task, _ in members]
+                self._fly(flight, task, calls[task])
             headers: Headers = JSON
-            if all(call.exact is not None for call in calls):
-                headers = (*JSON, (b"x-sage-input-tokens", b"%d" % sum(call.exact or 0 for call in calls)))
+            if all(calls[task].exact is not None for task, _ in members):
+                exact = sum(calls[task].exact or 0 for task, _ in members)
+                headers = (*JSON, (b"x-sage-input-tokens", b"%d" % exact))
             self._post_embedding(flight, put_together([parts for _, parts in members]), headers)
 
-    def _send_whole(self, task: int) -> None:
-        call = self._calls[request_of(task)]
+    def _send_whole(self, task: int, call: Call) -> None:
         flight = _Whole(self, task, call)
         self._fly(flight, task, call)
         try:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from sage_core import events as e
 from sage_core.classify import SHAPES, ClassificationError, RequestClassifier
 from sage_core.commands import Fail, Reject, Respond
-from sage_core.errors import ConfigError
+from sage_core.errors import ConfigError, DataError
 from sage_core.native_plane import Plane
 from sage_core.slo import SloTable
 from sage_core.stepper import ColumnRecorder, Recorder
@@ -22,6 +22,10 @@ from sage_live.call import Call
 from sage_live.driver import LiveDriver, Outcome
 from sage_live.health import HealthConfig, State, Watch
 from sage_live.http_engine import EngineSpec, HttpEngine
+from sage_live.pipelines.function_engine import FunctionEngine, Workers
+from sage_live.pipelines.pipeline import LivePipeline
+from sage_live.pipelines.question import question
+from sage_live.pipelines.run import PipelineRun
 
 PIPELINES: Final = {RequestKind.LLM_CHAT: "chat", RequestKind.LLM_GENERATE: "generate", RequestKind.EMBEDDING: "embed"}
 """What a request of each kind goes through, on the pool of its model."""
@@ -63,6 +67,13 @@ class ServiceConfig:
         for key in ("request_s", "no_engine_s"):
             if not 0 < getattr(self, key) <= 1e6:
                 raise ConfigError(f"{key}: expected seconds above 0, got {getattr(self, key)!r}")
+
+
+class _Deployed(NamedTuple):
+    """A pipeline in service. models: what the engines of its pools serve, by pool."""
+
+    live: LivePipeline
+    models: Mapping[str, str]
 
 
 class Observer(Protocol):
@@ -114,6 +125,7 @@ class InferenceService:
         self.calls: dict[int, Call] = {}
         self.watches: dict[str, Watch] = {}
         self.models: dict[str, Served] = {}
+        self.pipelines: dict[str, _Deployed] = {}
         self.policy = plane.policy.name
         self.draining = False
         self._slo = slo or SloTable()
@@ -122,6 +134,7 @@ class InferenceService:
         self._on_state = on_state
         self._classifier = RequestClassifier()
         self._tenants: set[str] = {"default"}
+        self._functions: dict[str, FunctionEngine] = {}
         self._pools: dict[str, tuple[str, PoolKind]] = {}  # what each was first, for the plane never forgets
         self._request_next = 0
         self._skipped: set[int] = set()  # below the next number and not given out
@@ -158,6 +171,28 @@ class InferenceService:
         self.driver.add(engine)
         watch = self.watches[engine.name] = Watch(engine, self.driver, self._health, self._peers, self._state)
         return watch
+
+    def add_pipeline(self, live: LivePipeline, workers: Mapping[str, Workers]) -> None:
+        """Requests may ask for it by its name, as if it were a model. The plane has to know it already. workers: of pools
+        whose work is done here. ConfigError for a pool that no engine is in, or a name that is taken: engines come first."""
+        if live.name in self.models:
+            raise ConfigError(f"pipeline {live.name!r}: a model is called that already; choose another name")
+        for pool in live.engine_pools():
+            if pool not in self._pools:
+                raise ConfigError(
+                    f"pipeline {live.name}: no engine is in pool {pool!r}, which it needs; there are "
+                    f"{', '.join(self._pools) or 'none'} (say --pool {pool}=MODEL)"
+                )
+        for pool in live.pools:
+            if pool not in self._functions:
+                number, device = self.driver.replica_number(), self._device_next
+                engine = FunctionEngine(pool, self.calls, workers.get(pool, Workers()).joined(number, pool, device))
+                self._device_next += 1
+                self._functions[pool] = engine
+                self.driver.add(engine)
+        self.pipelines[live.name] = _Deployed(live, {pool: self._pools[pool][0] for pool in live.engine_pools()})
+        self.models[live.name] = Served(live.name, PoolKind.LLM, "")
+        self._register()
 
     async def remove_engine(self, name: str, *, drain: bool = True) -> None:
         """Out of service: after what it has, or at once. KeyError for an unknown name."""
@@ -253,6 +288,11 @@ class InferenceService:
         cap = min(output_tokens_max or self.config.output_tokens_max, OUTPUT_TOKENS_MAX) if generates else 0
         call.input_tokens = served.estimate(len(call.body)) if input_tokens is None else input_tokens
         objective = self._slo.of(int(call.kind), priority)
+        deployed = self.pipelines.get(call.model)
+        if deployed is not None:
+            text = question(call)
+            call.input_tokens = served.estimate(len(text.encode())) if input_tokens is None else input_tokens
+            call.run = PipelineRun(deployed.live, call, text, deployed.models)
         number = call.request = self._number(number)
         call.arrived_ns = now
         call.deadline_ns = now + int(self.config.request_s * 1e9)
@@ -260,7 +300,7 @@ class InferenceService:
         driver.submit(
             e.RequestArrived(
                 number,
-                f"{PIPELINES[call.kind]}@{served.pool}",
+                f"{PIPELINES[call.kind]}@{served.pool}" if deployed is None else call.model,
                 int(call.kind),
                 call.tenant,
                 priority,
@@ -293,7 +333,7 @@ class InferenceService:
         call = self.calls.pop(outcome.request)
         try:
             status = self._answer(call, outcome)
-            if call.prompt_tokens and status == 200:
+            if call.prompt_tokens and status == 200 and call.run is None:
                 served = self.models.get(call.model)
                 if served is not None:
                     served.learn(len(call.body), call.prompt_tokens)
@@ -307,6 +347,8 @@ class InferenceService:
     def _answer(self, call: Call, outcome: Outcome) -> int:
         """Tell the client; the status it was told, 499 for one that went away."""
         answer = call.answer
+        if call.run is not None:
+            outcome = self._settled(call, call.run, outcome)
         if type(outcome) is Respond:
             if call.stream:
                 if not call.begun:
@@ -337,7 +379,22 @@ class InferenceService:
         answer.fail(error)
         return error.status
 
+    def _settled(self, call: Call, run: PipelineRun, outcome: Outcome) -> Outcome:
+        """What became of a pipeline is put where that of a single request is."""
+        if type(outcome) is Respond:
+            try:
+                run.answer()
+            except DataError as error:
+                call.error = errors.upstream_failed(f"The pipeline's answer cannot be made: {error}")
+                return Fail(call.request, str(error))
+        elif type(outcome) is Fail:
+            run.failed()
+        return outcome
+
     def _in_service(self, model: str) -> bool:
+        deployed = self.pipelines.get(model)
+        if deployed is not None:
+            return all(map(self._in_service, deployed.models.values()))
         return any(watch.state is State.HEALTHY and watch.engine.spec.model == model for watch in self.watches.values())
 
     def _sweep(self) -> None:

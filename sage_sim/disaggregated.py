@@ -264,7 +264,7 @@ class DisaggregatedDevice:
 
     def _submit(self, now: int, task: Task) -> None:
         request = request_of(task.task)
-        output_tokens = min(self._output_tokens(request), task.output_tokens_max)
+        output_tokens = min(self._output_tokens(request, task.stage), task.output_tokens_max)
         if output_tokens < 1 or task.input_tokens < 1:
             raise ConfigError(
                 f"request {request}: {task.input_tokens} input and {output_tokens} output tokens; an LLM task has at "

@@ -114,9 +114,9 @@ class SimDriver:
         """How many requests arrived, and how they ended."""
         return self._plane.counts
 
-    def output_tokens(self, request: int) -> int:
-        """The oracle, for simulated devices only: the true output length of a live request."""
-        return self._loop.output_tokens(request)
+    def output_tokens(self, request: int, stage: int) -> int:
+        """The oracle, for simulated devices only: the true size of a result of a live request."""
+        return self._loop.output_tokens(request, stage)
 
     def contents(self, request: int) -> Contents | None:
         """What the prompt of a live request begins with; for simulated devices only."""

@@ -192,7 +192,7 @@ class ReplicaUsage(NamedTuple):
 class SimulatedDevice:
     """A BackendModel (sage_core.backend). ``device`` and ``node`` are the names the plane knows it by.
 
-    output_tokens: true output length of a request id, cut to the client's cap. contents: what its prompt begins with, for
+    output_tokens: true output length of a stage of a request, cut to the client's cap. contents: what its prompt begins with, for
     the prefix cache; its blocks must be a multiple of the engine's. reference: run the Python meaning of the
     engine in place of the native one (same events, far slower).
     """
@@ -394,7 +394,7 @@ class SimulatedDevice:
 
     def _submit_llm(self, now: Nanos, task: Task) -> None:
         request = request_of(task.task)
-        output_tokens = min(self._output_tokens(request), task.output_tokens_max)
+        output_tokens = min(self._output_tokens(request, task.stage), task.output_tokens_max)
         if output_tokens < 1 or task.input_tokens < 1:
             self.no_tokens(request, task.input_tokens, output_tokens)
         contents = None if self._contents is None else self._contents(request)

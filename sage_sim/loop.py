@@ -65,7 +65,7 @@ class NativeLoop:
             self._native.feed(*arrivals)
         else:
             for arrival in arrivals:
-                self._native.feed_one(arrival.at, _encode((arrival.request,)), arrival.output_tokens, arrival.contents)
+                self._native.feed_one(arrival.at, _encode((arrival.request,)), *arrival[2:])
 
     def begin_arrivals(self) -> None:
         """Schedule the first one fed; the others follow one another."""
@@ -77,7 +77,7 @@ class NativeLoop:
 
     def arrive(self, now: int, arrival: Arrival) -> None:
         """A request from outside arrives now."""
-        self._native.arrive(now, _encode((arrival.request,)), arrival.output_tokens, arrival.contents)
+        self._native.arrive(now, _encode((arrival.request,)), *arrival[2:])
 
     def expect(self, more: int) -> None:
         """So many more requests are on their way outside; negative: they have come."""
@@ -103,9 +103,9 @@ class NativeLoop:
         """A step of the plane outside the loop; its commands are recorded and carried out by nobody."""
         self._native.step(now, _encode(events))
 
-    def output_tokens(self, request: int) -> int:
-        """The true output length of a live request: the oracle."""
-        return self._native.output_tokens(request)
+    def output_tokens(self, request: int, stage: int) -> int:
+        """The true size of a result of a live request: the oracle."""
+        return self._native.output_tokens(request, stage)
 
     def contents(self, request: int) -> Contents | None:
         """What the prompt of a live request begins with."""

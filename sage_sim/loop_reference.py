@@ -167,9 +167,9 @@ class Loop:
         self.now = now
         self._decide_and_record(events)
 
-    def output_tokens(self, request: int) -> int:
-        """The true output length of a live request: the oracle."""
-        return self._truth[request].output_tokens
+    def output_tokens(self, request: int, stage: int) -> int:
+        """The true size of a result of a live request: the oracle."""
+        return self._truth[request].result(stage)
 
     def contents(self, request: int) -> Contents | None:
         """What the prompt of a live request begins with."""

@@ -1,6 +1,6 @@
 """CPU operators (retrieve, rerank, tool): a few workers, first come first served.
 
-Service takes ``fixed_ns + input_token_ns * input_tokens``. A worker that has started a function finishes it: cancelling
+Service takes ``fixed_ns + input_token_ns * input_tokens``; what comes of it has the size that the load says. A worker that has started a function finishes it: cancelling
 such a task drops its result but frees no worker. Nothing is random and nothing contends but the workers.
 """
 
@@ -12,28 +12,26 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from sage_core.backend import OutputTokens
 from sage_core.commands import AnyCommand, Cancel, Dispatch, Task
 from sage_core.errors import ConfigError, IllegalEvent
 from sage_core.events import AnyEvent, ReplicaJoined, ReplicaReported, TaskFinished
-from sage_core.units import NEVER, Nanos, PoolKind
+from sage_core.load import AS_INPUT
+from sage_core.units import NEVER, Nanos, PoolKind, request_of
 
 
 @dataclass(frozen=True, slots=True)
 class OperatorReplica:
-    """``workers`` CPU workers of one function. ``output_tokens``: what each task is said to have produced.
-
-    Raises ConfigError.
-    """
+    """``workers`` CPU workers. Raises ConfigError."""
 
     replica: int
     pool: str
     workers: int
     fixed_ns: int
     input_token_ns: int = 0
-    output_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for key, least in (("workers", 1), ("fixed_ns", 0), ("input_token_ns", 0), ("output_tokens", 0)):
+        for key, least in (("workers", 1), ("fixed_ns", 0), ("input_token_ns", 0)):
             value = getattr(self, key)
             if type(value) is not int or value < least:
                 raise ConfigError(
@@ -42,17 +40,18 @@ class OperatorReplica:
 
 
 class OperatorDevice:
-    """A BackendModel (sage_core.backend) of one replica of CPU workers."""
+    """A BackendModel (sage_core.backend) of one replica of CPU workers. results: sizes of what comes of each task."""
 
-    def __init__(self, device: int, node: str, operator: OperatorReplica) -> None:
+    def __init__(self, device: int, node: str, operator: OperatorReplica, results: OutputTokens) -> None:
         self._device = device
         self._node = node
         self._operator = operator
+        self._results = results
         self._waiting: deque[Task] = deque()
         self._running: list[_Run] = []  # heap
         self._starts = 0
         self._dropped: set[int] = set()  # running tasks whose result is not wanted
-        self._known: set[int] = set()  # tasks that wait or run
+        self._known: dict[int, int] = {}  # size of the result of each task that waits or runs
         self._ended: list[AnyEvent] = []  # not yet told
         self._busy_ns = 0  # of tasks that have ended
 
@@ -119,15 +118,16 @@ class OperatorDevice:
             if run.task in self._dropped:
                 self._dropped.remove(run.task)
             else:
-                self._ended.append(TaskFinished(run.task, self._operator.output_tokens))
-            self._known.remove(run.task)
+                self._ended.append(TaskFinished(run.task, self._known[run.task]))
+            del self._known[run.task]
             if self._waiting:
                 self._start(run.end, self._waiting.popleft())
 
     def _submit(self, now: int, task: Task) -> None:
         if task.task in self._known:
             raise IllegalEvent(f"task {task.task} was submitted twice")
-        self._known.add(task.task)
+        size = self._results(request_of(task.task), task.stage)  # now: later its request may have ended
+        self._known[task.task] = task.input_tokens if size == AS_INPUT else size
         if len(self._running) < self._operator.workers:
             self._start(now, task)
         else:
@@ -144,7 +144,7 @@ class OperatorDevice:
         waiting = len(self._waiting)
         self._waiting = deque(other for other in self._waiting if other.task != task)
         if len(self._waiting) < waiting:
-            self._known.remove(task)
+            del self._known[task]
         else:
             self._dropped.add(task)
 

@@ -59,7 +59,7 @@ class EngineDevice : public LoopDevice {
   void submit(std::int64_t now, std::int64_t replica, const Task& task, const Truth& truth) {
     if (replica == embed_) return engine_.submit_embed(now, task.task, task.input_tokens);
     const TruthOf& known = truth.at(request_of(task.task));
-    const std::int64_t output_tokens = std::min(known.output_tokens, task.output_tokens_max);
+    const std::int64_t output_tokens = std::min(known.result(task.stage), task.output_tokens_max);
     if (output_tokens < 1 || task.input_tokens < 1)
       device_.attr("no_tokens")(request_of(task.task), task.input_tokens, output_tokens);
     engine_.submit_llm(now, task.task, task.input_tokens, output_tokens, task.priority, split(known));
@@ -150,8 +150,12 @@ std::shared_ptr<const Contents> contents_of(const py::handle& contents) {
                                                    py::cast<std::vector<std::int64_t>>(contents.attr("blocks"))});
 }
 
-Arrival arrival_of(std::int64_t at, std::string_view encoded, std::int64_t output_tokens, const py::object& contents) {
-  return {at, std::get<RequestArrived>(decode_events(encoded).at(0)), {output_tokens, contents_of(contents)}};
+Arrival arrival_of(std::int64_t at, std::string_view encoded, std::int64_t output_tokens, const py::object& contents,
+                   const std::vector<std::int64_t>& results) {
+  return {at,
+          std::get<RequestArrived>(decode_events(encoded).at(0)),
+          {output_tokens, contents_of(contents),
+           results.empty() ? nullptr : std::make_shared<const std::vector<std::int64_t>>(results)}};
 }
 
 const TruthOf& known_of(const PythonLoop& self, std::int64_t request) {
@@ -216,17 +220,21 @@ void register_loop(py::module_& m) {
                     {first + i, pipeline_labels.at(static_cast<std::size_t>(pipeline.at(i))), kind.at(i),
                      tenant_labels.at(static_cast<std::size_t>(tenant.at(i))), priority.at(i), input_tokens.at(i),
                      output_tokens_max.at(i), at.at(i), ttft_due_at.at(i), due_at.at(i), prefix.at(i)},
-                    {output_tokens.at(i), contents.is_none() ? nullptr : shared_of(contents[py::int_(i)])}});
+                    {output_tokens.at(i), contents.is_none() ? nullptr : shared_of(contents[py::int_(i)]), nullptr}});
            })
       .def("feed_one",
            [](PythonLoop& self, std::int64_t at, std::string_view request, std::int64_t output_tokens,
-              const py::object& contents) { self.loop->feed(arrival_of(at, request, output_tokens, contents)); })
+              const py::object& contents, const std::vector<std::int64_t>& results) {
+             self.loop->feed(arrival_of(at, request, output_tokens, contents, results));
+           })
       .def("begin_arrivals", [](PythonLoop& self) { self.loop->begin_arrivals(); })
       .def("end_arrivals", [](PythonLoop& self) { self.loop->end_arrivals(); })
       .def(
           "arrive",
           [](PythonLoop& self, std::int64_t now, std::string_view request, std::int64_t output_tokens,
-             const py::object& contents) { self.loop->arrive(now, arrival_of(now, request, output_tokens, contents)); })
+             const py::object& contents, const std::vector<std::int64_t>& results) {
+            self.loop->arrive(now, arrival_of(now, request, output_tokens, contents, results));
+          })
       .def("expect", [](PythonLoop& self, std::int64_t more) { self.loop->expect(more); })
       .def("on_ended",
            [](PythonLoop& self, py::object call) {
@@ -240,7 +248,9 @@ void register_loop(py::module_& m) {
       .def("step", [](PythonLoop& self, std::int64_t now,
                       std::string_view events) { self.loop->step(now, decode_events(events)); })
       .def("output_tokens",
-           [](const PythonLoop& self, std::int64_t request) { return known_of(self, request).output_tokens; })
+           [](const PythonLoop& self, std::int64_t request, std::int64_t stage) {
+             return known_of(self, request).result(stage);
+           })
       .def("contents",
            [](const PythonLoop& self, std::int64_t request) {
              const auto& contents = known_of(self, request).contents;

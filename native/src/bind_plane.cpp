@@ -74,6 +74,15 @@ class PythonRun : public Run {
       ready.push_back(py::cast<std::int64_t>(follower.attr("index")));
     return ready;
   }
+  Due due(std::int64_t stage, Due request, std::int64_t cap, const std::vector<Speed>& speeds) override {
+    static py::object* speed = new py::object(py::module_::import("sage_core.policy").attr("Speed"));
+    py::list of;
+    for (const Speed& each : speeds)
+      of.append((*speed)(each.fixed_ns, each.input_token_ns, each.output_token_ns));
+    const auto due = py::cast<std::pair<std::int64_t, std::int64_t>>(
+        run_.attr("due")(stages_[py::int_(stage)], request.ttft_at, request.at, cap, of));
+    return {due.first, due.second};
+  }
   bool done() const override { return py::cast<bool>(run_.attr("done")); }
 
  private:
@@ -103,6 +112,7 @@ Pipeline pipeline_of(const std::string& name, const py::object& given) {
   const py::object single = given.attr("single");
   pipeline.single = !single.is_none();
   pipeline.generates = pipeline.single && py::cast<bool>(single);
+  pipeline.critical_path = py::cast<bool>(given.attr("critical_path"));
   const py::object make = py::module_::import("sage_core.executor").attr("Run");
   pipeline.run = [given, stages, make](std::int64_t input_tokens) -> std::unique_ptr<Run> {
     return std::make_unique<PythonRun>(make(given, input_tokens), stages);

@@ -225,6 +225,7 @@ std::int64_t Plane::queue(Request& request, std::int64_t stage, std::int64_t att
       throw;
     }
   }
+  const Due due = this->due(request, stage);
   const Task spec{task,          stage, attempt, arrived.priority, now_, work.input_tokens, work.output_tokens_max,
                   arrived.prefix};
   request.tasks.push_back(task);
@@ -232,8 +233,21 @@ std::int64_t Plane::queue(Request& request, std::int64_t stage, std::int64_t att
   mechanism_.enqueue(
       now_, pool,
       {task, arrived.request, arrived.kind, request.tenant, arrived.priority, attempt, arrived.scheduled_at, now_,
-       arrived.ttft_due_at, arrived.due_at, work.input_tokens, work.output_tokens_max, predicted, arrived.prefix});
+       due.ttft_at, due.at, work.input_tokens, work.output_tokens_max, predicted, arrived.prefix});
   return task;
+}
+
+Due Plane::due(const Request& request, std::int64_t stage) {
+  const RequestArrived& arrived = request.arrived;
+  const Due whole{arrived.ttft_due_at, arrived.due_at};
+  if (!request.run || !request.pipeline->critical_path || std::min(whole.ttft_at, whole.at) == kNever) return whole;
+  std::vector<Speed> speeds;
+  speeds.reserve(request.pipeline->pools.size());
+  for (const std::string& name : request.pipeline->pools) {
+    const auto pool = pools_.find(name);
+    speeds.push_back(pool == pools_.end() ? Speed{} : mechanism_.pool(pool->second).speed);
+  }
+  return request.run->due(stage, whole, arrived.output_tokens_max, speeds);
 }
 
 void Plane::dispatch(const std::vector<Decision>& decisions, std::vector<Command>& commands) {

@@ -38,7 +38,7 @@ def simulated(replica: LlmReplica | EmbedReplica, shots: Sequence[Shot], sent_ns
     Raises ValueError when it cannot serve one of them.
     """
     llm, embed = (replica, None) if isinstance(replica, LlmReplica) else (None, replica)
-    device = SimulatedDevice(0, "twin", llm, embed, lambda request: shots[request].output_tokens)
+    device = SimulatedDevice(0, "twin", llm, embed, lambda request, _: shots[request].output_tokens)
     first_ns, ended_ns = np.zeros(len(shots), np.int64), np.zeros(len(shots), np.int64)
 
     def told(now: int, events: Sequence[AnyEvent]) -> None:

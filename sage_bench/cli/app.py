@@ -45,8 +45,15 @@ COMMANDS: Final[Mapping[str, Callable[[typer.Typer, str, Any], None]]] = {
     "trace": _group("Import, inspect and synthesise traces."),
     "profile": _group("Calibrated profiles: list and show."),
     "policy": _group("Policies: list and show."),
+    "pipeline": _group("Declared pipelines: list, check and show."),
+    "index": _group("Vector indexes of documents: build one, ask it, look at it."),
+    "app": _single,
+    "cluster": _group("Nodes and jobs: plan a placement, start and stop services."),
 }
 """Name, which is that of the module, and how it is added."""
+
+MODULES: Final[Mapping[str, str]] = {"app": "application"}
+"""Where it is another."""
 
 
 def app_of(asked: str | None) -> typer.Typer:
@@ -56,5 +63,5 @@ def app_of(asked: str | None) -> typer.Typer:
     )
     app.callback()(lambda: None)  # with a single command Typer would take its name for an argument
     for name in [asked] if asked is not None and asked in COMMANDS else COMMANDS:
-        COMMANDS[name](app, name, importlib.import_module(f"sage_bench.cli.{name}"))
+        COMMANDS[name](app, name, importlib.import_module(f"sage_bench.cli.{MODULES.get(name, name)}"))
     return app

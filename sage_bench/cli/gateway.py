@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -19,6 +19,7 @@ from sage_bench.compose import make_plane
 from sage_bench.config import checked, composed
 from sage_bench.discovery import model_of, versions_of
 from sage_bench.live_manifest import Started, version, write_live_manifest
+from sage_bench.pipelines.file import read_pipeline
 from sage_bench.run import discard, prepare, unused
 from sage_bench.serving import EngineConfig, Serving, parse_engine, read_engines, serve, with_names
 from sage_core.errors import ConfigError
@@ -68,6 +69,20 @@ def start(
     ] = None,
     access_log: Annotated[str | None, typer.Option(help="JSON lines to this file; - for standard error.")] = None,
     otlp: Annotated[str | None, typer.Option(help="OpenTelemetry collector, http://HOST:PORT/v1/traces.")] = None,
+    pipeline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A pipeline to serve as a model: a name or a YAML file (docs/pipelines.md); may be repeated."
+        ),
+    ] = None,
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(metavar="POOL=MODEL", help="Who does the work of a pipeline's pool; may be repeated."),
+    ] = None,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="An index of a pipeline (`sage index build`); may be repeated."),
+    ] = None,
     record: Annotated[
         Path | None, typer.Option(help="A folder for log and rows: `sage replay`, `sage whatif`.")
     ] = None,
@@ -88,7 +103,13 @@ def start(
             raise ConfigError(f"{option}: expected {low:,g} to {high:,}, got {value}")
     if otlp is not None and not re.match(r"https?://[^/\s]+", otlp):
         raise ConfigError(f"--otlp: expected a URL such as http://127.0.0.1:4318/v1/traces, got {otlp!r}")
-    config, plain = checked(composed(["driver=live", "load=clients", *context.args]))
+    composed_ = composed(["driver=live", "load=clients", *context.args])
+    if pipeline:
+        pools = pairs("--pool", pool or [])
+        composed_["pipeline"] = {"pipelines": [_with_pools(read_pipeline(each), pools) for each in pipeline]}
+    elif pool or index:
+        raise ConfigError(f"{'--pool' if pool else '--index'}: is for a pipeline; say which one with --pipeline")
+    config, plain = checked(composed_)
     make_plane(config)  # a wrong parameter of the policy is told before anything is asked or written
     listed = [*(read_engines(engines) if engines else []), *map(parse_engine, engine or [])]
     if host not in LOOPBACK and keys is None and not no_keys:
@@ -114,6 +135,7 @@ def start(
         None if otlp is None else otlp_tracer(otlp, origin_ns, version()),
         {"policy": config.policy, "slo": config.slo, "engines": [each.url for each in specs]},
         record,
+        {name: Path(folder) for name, folder in pairs("--index", index or []).items()},
         _note,
     )
     started = Started.now()
@@ -143,6 +165,21 @@ def start(
     )
     if served.broken is not None:
         raise served.broken
+
+
+def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    """``KEY=VALUE`` of a repeated option. ConfigError for anything else."""
+    found: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise ConfigError(f"{option} {text}: expected KEY=VALUE")
+        found[key] = value
+    return found
+
+
+def _with_pools(plain: dict[str, Any], pools: dict[str, str]) -> dict[str, Any]:
+    return plain | {"pools": {**plain.get("pools", {}), **pools}}
 
 
 def _health(given: Sequence[str]) -> HealthConfig:

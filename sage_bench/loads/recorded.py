@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from sage_bench.loads.mix import Limits
 from sage_bench.replaying import read_log
 from sage_bench.results.manifest import Manifest, read_manifest
+from sage_bench.results.reader import Run
 from sage_core import events as e
 from sage_core.errors import ConfigError, DataError
 from sage_core.load import Arrival
@@ -56,6 +57,7 @@ class RecordedLoad:
                 seen.take(event)
         if not seen.group_of:
             raise DataError(f"{self.log}: no request arrived in this run; choose one with requests")
+        self._results = _results(folder)
         self._lengths, unknown = seen.lengths(streams.stream("load/recorded/output_tokens"))
         self.limits = Limits(None, _load_end(manifest))
         self.notes = seen.notes(manifest, unknown)
@@ -68,7 +70,8 @@ class RecordedLoad:
                 continue
             for event in decode_events(number, step.events):
                 if isinstance(event, e.RequestArrived) and event.request in lengths:
-                    yield Arrival(Nanos(step.now), event, lengths[event.request])
+                    results = self._results.get(event.request, ())
+                    yield Arrival(Nanos(step.now), event, lengths[event.request], None, results)
 
     def ended(self, now: int, request: int) -> Arrival | None:
         """None: the recorded instants stand, even those of a closed loop, whatever happens now."""
@@ -77,6 +80,27 @@ class RecordedLoad:
     def files(self) -> list[str]:
         """Files the load reads: what a manifest has to give checksums of."""
         return [str(self.log)]
+
+
+def _results(folder: Path) -> dict[int, tuple[int, ...]]:
+    """Sizes of the results of each stage, of answered requests that went through several; 0 for a stage that did not run.
+    They stand in ``tasks.parquet``: the log knows tasks, not stages."""
+    path = folder / "tasks.parquet"
+    if not path.exists():
+        return {}
+    rows = Run(folder).frame("tasks", ("request", "stage", "output_tokens", "outcome"))
+    if not (rows["stage"] > 0).any():
+        return {}
+    requests = Run(folder).frame("requests", ("request", "outcome"))
+    answered = requests.loc[requests["outcome"] == "responded", "request"]
+    several = rows.loc[rows["stage"] > 0, "request"]
+    staged = rows[rows["request"].isin(several) & rows["request"].isin(answered)]
+    done = staged[staged["outcome"] == "finished"]
+    stages = int(rows["stage"].max()) + 1
+    found: dict[int, list[int]] = {}
+    for request, stage, size in zip(done["request"], done["stage"], done["output_tokens"], strict=True):
+        found.setdefault(int(request), [0] * stages)[int(stage)] = int(size)
+    return {request: tuple(sizes) for request, sizes in found.items()}
 
 
 class _Seen:

@@ -49,6 +49,8 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     model: str = ""
     object: str = "chat.completion"
     usage: Usage | None = None
+    sources: list[str] = []
+    """Documents that a pipeline answered from; of a plain engine, none."""
 
     @property
     def text(self) -> str:

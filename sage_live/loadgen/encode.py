@@ -81,7 +81,7 @@ class Encoder:
 
     def item(self, arrival: Arrival) -> Item:
         """One arrival."""
-        at, r, output_tokens, contents = arrival
+        at, r, output_tokens, contents, _ = arrival
         return self._item(
             at,
             r.request,

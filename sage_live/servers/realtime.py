@@ -162,7 +162,7 @@ class RealTimeEngine:
 
     # --- the model's side ---------------------------------------------------------------------------------------------
 
-    def _output_tokens(self, request: int) -> int:
+    def _output_tokens(self, request: int, stage: int) -> int:
         return self._truths[request][0]
 
     def _contents(self, request: int) -> Contents | None:

@@ -97,7 +97,7 @@ async def serve(arrivals: list[Arrival], config: Any, record: Any) -> LiveDriver
             async_scheduling=llm.async_scheduling,
         ),
         EmbedReplica(1, "embed", laws[EMBED], max_batch_tasks=embed.max_batch_tasks, max_batch_tokens=embed.max_batch_tokens),
-        truth.__getitem__,
+        lambda request, stage: truth[request],
     )  # fmt: skip
     driver = LiveDriver(make_plane(config), record)
     driver.add(EmulatedBackend(device))

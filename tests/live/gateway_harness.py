@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ import uvloop
 from sage_core import events as e
 from sage_core.backend import ContentsOf, OutputTokens
 from sage_core.commands import AnyCommand
+from sage_core.declared import Declared
 from sage_core.log import Step
 from sage_core.native_plane import Plane, make_plane
 from sage_core.pipeline import single_request_pipelines
@@ -27,6 +28,8 @@ from sage_live.health import HealthConfig, State
 from sage_live.http.limits import Limits
 from sage_live.http.server import HttpServer, Request
 from sage_live.http_engine import EngineSpec
+from sage_live.pipelines.pipeline import LivePipeline
+from sage_live.retrieval.index import VectorIndex
 from sage_live.servers.emulated import Behaviour, EmulatedServer, ServedEmbedding, ServedLlm
 from sage_live.servers.emulated_metrics import KvCache
 from sage_live.service import InferenceService, ServiceConfig
@@ -144,7 +147,12 @@ class Serving:
         await until(lambda: sum(w.state is State.HEALTHY for w in self.service.watches.values()) >= count)
 
 
-def plane_of(policy: str | Callable[[], Policy], mechanism: str = "native", attempts_max: int = 3) -> Plane:
+def plane_of(
+    policy: str | Callable[[], Policy],
+    mechanism: str = "native",
+    attempts_max: int = 3,
+    pipelines: Sequence[Declared] = (),
+) -> Plane:
     """With every preset to switch to; ``policy`` may be one of the test's own making."""
     policies: dict[str, Callable[[], Policy]] = {name: lambda name=name: preset(name) for name in PRESETS}  # type: ignore[misc]
     if callable(policy):
@@ -152,7 +160,8 @@ def plane_of(policy: str | Callable[[], Policy], mechanism: str = "native", atte
         policies[name] = policy
     else:
         name = policy
-    return make_plane(mechanism, single_request_pipelines(), policies, name, attempts_max=attempts_max)
+    known = single_request_pipelines() | {each.pipeline.name: each.pipeline for each in pipelines}
+    return make_plane(mechanism, known, policies, name, attempts_max=attempts_max)
 
 
 @asynccontextmanager
@@ -167,6 +176,8 @@ async def serving(
     slo: Any = None,
     grace_s: float = 5.0,
     healthy: int | None = None,
+    pipelines: Sequence[Declared] = (),
+    indexes: Mapping[str, VectorIndex] | None = None,
     **more: Any,
 ) -> AsyncIterator[Serving]:
     """Composed as ``sage gateway start`` does, and ready: every engine is healthy (or ``healthy`` of them)."""
@@ -181,7 +192,7 @@ async def serving(
         made.log.append(Step(now, encoded, digest))
 
     inference = InferenceService(
-        plane_of(policy, attempts_max=attempts_max),
+        plane_of(policy, attempts_max=attempts_max, pipelines=pipelines),
         service,
         slo=slo,
         health=health or HealthConfig(interval_s=0.05, scrape_s=0.05),
@@ -194,6 +205,8 @@ async def serving(
     try:
         for spec in specs:
             inference.add_engine(spec)
+        for each in pipelines:
+            inference.add_pipeline(LivePipeline(each, indexes or {}), {})
         await gateway.start()
         await box[0].healthy(len(specs) if healthy is None else healthy)
         yield box[0]

@@ -37,7 +37,7 @@ def planes(policy: str = "hybrid", mechanism: str = "native", **more: Callable[[
 def emulated(number: int, output_tokens: int = 5) -> EmulatedBackend:
     llm = LlmReplica(2 * number, "llm", LLM, max_num_seqs=8, max_num_batched_tokens=512, block_size=16, kv_blocks=500)
     embed = EmbedReplica(2 * number + 1, "embed", EMBED, max_batch_tasks=8, max_batch_tokens=4096)
-    return EmulatedBackend(SimulatedDevice(number, "here", llm, embed, lambda request: output_tokens))
+    return EmulatedBackend(SimulatedDevice(number, "here", llm, embed, lambda request, stage: output_tokens))
 
 
 def asked(request: int, now: int, pipeline: str = "chat", **fields: Any) -> e.RequestArrived:

@@ -206,7 +206,7 @@ def test_tokens_come_as_the_model_makes_them_and_never_before() -> None:
 
 def test_an_answer_takes_what_the_model_says() -> None:
     """Beside the same request in virtual time: no sooner, and late by what the event loop needs."""
-    device = SimulatedDevice(0, "here", replica(), None, lambda request: 50)
+    device = SimulatedDevice(0, "here", replica(), None, lambda request, stage: 50)
     device.step(0, (Dispatch(0, (Task(task_id(0, 0), 0, 0, 0, 0, 300, 50),)),))  # type: ignore[arg-type]
     ends = 0
     while (at := device.wakeup_at) < NEVER:

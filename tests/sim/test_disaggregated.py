@@ -26,7 +26,7 @@ LINK = KvLink(bytes_per_token=1_000, bytes_per_s=10**10, latency_ns=50)  # 100 n
 
 
 def device(prefill: int = 1, decode: int = 1, **changes: Any) -> DisaggregatedDevice:
-    given: dict[str, Any] = {"link": LINK, "output_tokens": lambda request: 5} | changes
+    given: dict[str, Any] = {"link": LINK, "output_tokens": lambda request, stage: 5} | changes
     return DisaggregatedDevice(2, "node0", [LLM] * prefill, [LLM] * decode, **given)
 
 
@@ -107,7 +107,7 @@ def test_report_and_usage() -> None:
 def test_what_can_never_fit_fails() -> None:
     small = dataclasses.replace(LLM, kv_blocks=4)
     for prefill, decode, needed in ((small, LLM, 8), (LLM, small, 9)):
-        simulated = DisaggregatedDevice(2, "node0", [prefill], [decode], LINK, lambda request: 5)
+        simulated = DisaggregatedDevice(2, "node0", [prefill], [decode], LINK, lambda request, stage: 5)
         told = simulated.step(Nanos(0), [Dispatch(4, (task(1),))]) + [event for _, event in drained(simulated)]
         reason = f"KV cache too small: the task needs {needed} blocks, the replica has 4"
         assert told == [TaskFailed(task_id(1, 0), reason, retryable=False)]
@@ -115,7 +115,7 @@ def test_what_can_never_fit_fails() -> None:
 
 def test_crash_and_startup() -> None:
     slow = dataclasses.replace(LLM, startup_ns=9)
-    simulated = DisaggregatedDevice(2, "node0", [LLM], [slow], LINK, lambda request: 5)
+    simulated = DisaggregatedDevice(2, "node0", [LLM], [slow], LINK, lambda request, stage: 5)
     assert simulated.startup_ns() == 9
     simulated.step(Nanos(0), [Dispatch(4, (task(1), task(2)))])
     simulated.step(Nanos(2_000), ())
@@ -130,7 +130,7 @@ def test_misuse_is_refused() -> None:
         with pytest.raises(IllegalEvent, match=r"device 2: .* is not for a replica of this device"):
             device().step(Nanos(0), [command])
     with pytest.raises(ConfigError, match="request 1: 32 input and 0 output tokens"):
-        device(output_tokens=lambda request: 0).step(Nanos(0), [Dispatch(4, (task(1),))])
+        device(output_tokens=lambda request, stage: 0).step(Nanos(0), [Dispatch(4, (task(1),))])
     with pytest.raises(ConfigError, match="device 2 on node0: expected at least one prefill and one decode engine"):
         device(0)
     with pytest.raises(ConfigError, match="KV link: bytes_per_s: expected a whole number from 1, got 0"):
@@ -146,7 +146,7 @@ def test_every_task_ends_once_and_engines_agree(seed: int, asynchronous: bool) -
     shape = (rng.randint(1, 2), rng.randint(1, 2))
     devices = [
         DisaggregatedDevice(
-            2, "n", [llm] * shape[0], [llm] * shape[1], LINK, lambda request: 1 + request % 17, reference=reference
+            2, "n", [llm] * shape[0], [llm] * shape[1], LINK, lambda request, stage: 1 + request % 17, reference=reference
         )
         for reference in (False, True)
     ]

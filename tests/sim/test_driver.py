@@ -124,7 +124,7 @@ class Server:
         for command in commands:
             if isinstance(command, Dispatch):
                 assert command.replica == self.replica
-                self.waiting.extend((task, self.truth(request_of(task.task))) for task in command.tasks)
+                self.waiting.extend((task, self.truth(request_of(task.task), task.stage)) for task in command.tasks)
             elif isinstance(command, Cancel):
                 self.running.pop(command.task, None)
                 self.waiting = deque(item for item in self.waiting if item[0].task != command.task)
@@ -222,7 +222,7 @@ class Run:
         self.plane = self.make_plane()
         makers = [
             lambda replica, i=i, s=s: Server(
-                replica, lambda request: self.driver.output_tokens(request), **{"device": i, **s}
+                replica, lambda request, stage: self.driver.output_tokens(request, stage), **{"device": i, **s}
             )
             for i, s in enumerate(servers or ({},))
         ]

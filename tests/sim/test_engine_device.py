@@ -36,7 +36,7 @@ EMBED = EmbedReplica(5, "embed", EMBED_TIME, max_batch_tasks=4, max_batch_tokens
 def device(
     llm: LlmReplica | None = LLM, embed: EmbedReplica | None = EMBED, output_tokens: int = 5, reference: bool = False
 ) -> SimulatedDevice:
-    return SimulatedDevice(2, "node0", llm, embed, lambda request: output_tokens, reference=reference)
+    return SimulatedDevice(2, "node0", llm, embed, lambda request, stage: output_tokens, reference=reference)
 
 
 def task(request: int, input_tokens: int = 32, output_tokens_max: int = 100) -> Task:

@@ -10,12 +10,14 @@ import pytest
 from sage_core.commands import Cancel, Dispatch, Task
 from sage_core.errors import ConfigError, IllegalEvent
 from sage_core.events import ReplicaReported, TaskFinished
+from sage_core.load import AS_INPUT
 from sage_core.units import NEVER, Nanos, PoolKind
 from sage_sim.operator import OperatorDevice, OperatorReplica
 
 
 def device(workers: int = 2, **changes: Any) -> OperatorDevice:
-    return OperatorDevice(1, "cpu0", OperatorReplica(3, "rerank", workers, **{"fixed_ns": 100, **changes}))
+    operator = OperatorReplica(3, "rerank", workers, **{"fixed_ns": 100, **changes})
+    return OperatorDevice(1, "cpu0", operator, lambda request, stage: 7 if stage == 1 else AS_INPUT)
 
 
 def task(number: int, input_tokens: int = 0) -> Task:
@@ -47,9 +49,13 @@ def test_a_function_that_started_is_finished_for_nobody() -> None:
 
 
 def test_no_time_at_all() -> None:
-    operator = device(fixed_ns=0, output_tokens=7)
-    assert operator.step(Nanos(5), [Dispatch(3, (task(1), task(2), task(3)))]) == [
-        TaskFinished(n, 7) for n in (1, 2, 3)
+    operator = device(fixed_ns=0)
+    of_stage_1 = Task(3, 1, 0, 0, 0, 9, 0)
+    # The size of a result is what the load says of that stage; where it says nothing, that of what it was made of.
+    assert operator.step(Nanos(5), [Dispatch(3, (task(1, 9), task(2), of_stage_1))]) == [
+        TaskFinished(1, 9),
+        TaskFinished(2, 0),
+        TaskFinished(3, 7),
     ]
     assert operator.wakeup_at == NEVER
 

@@ -24,7 +24,7 @@ def task(request: int, tokens: int = 16) -> Task:
 
 
 def device(stages: int, hop_ns: int = 0, replica: LlmReplica = REPLICA) -> PipelinedDevice:
-    return PipelinedDevice(0, "node", replica, stages, hop_ns, lambda request: 5)
+    return PipelinedDevice(0, "node", replica, stages, hop_ns, lambda request, stage: 5)
 
 
 def play(
@@ -42,7 +42,7 @@ def finished(told: Sequence[tuple[int, AnyEvent]]) -> dict[int, int]:
 
 def test_one_stage_is_the_engine_itself() -> None:
     tasks = Dispatch(3, tuple(task(request) for request in range(4)))
-    plain = SimulatedDevice(0, "node", REPLICA, None, lambda request: 5)
+    plain = SimulatedDevice(0, "node", REPLICA, None, lambda request, stage: 5)
     piped = device(1)
     assert piped.joined() == plain.joined()
     assert play(piped, [tasks]) == play(plain, [tasks])

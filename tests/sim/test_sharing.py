@@ -87,7 +87,7 @@ def drained(device: MpsDevice | SimulatedDevice) -> list[tuple[int, AnyEvent]]:
 
 
 def simulated(llm: LlmReplica | None, embed: EmbedReplica | None) -> SimulatedDevice:
-    return SimulatedDevice(2, "node0", llm, embed, lambda request: 5)
+    return SimulatedDevice(2, "node0", llm, embed, lambda request, stage: 5)
 
 
 def test_engines_run_side_by_side() -> None:

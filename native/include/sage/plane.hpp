@@ -50,12 +50,19 @@ struct StageWork {
   std::int64_t input_tokens, output_tokens_max;
 };
 
+struct Due {
+  std::int64_t ttft_at, at;
+};
+
 // One request on its way through a graph of stages.
 class Run {
  public:
   virtual ~Run() = default;
   virtual StageWork work(std::int64_t stage, std::int64_t output_tokens_cap) = 0;
   virtual std::vector<std::int64_t> finished(std::int64_t stage, std::int64_t output_tokens) = 0;  // stages now ready
+  // When the first token and the result of a stage are due. speeds: of the pool of each stage.
+  virtual Due due(std::int64_t stage, Due request, std::int64_t output_tokens_cap,
+                  const std::vector<Speed>& speeds) = 0;
   virtual bool done() const = 0;
 };
 
@@ -65,6 +72,7 @@ struct Pipeline {
   std::vector<std::int64_t> first;  // stages that need nothing but the request
   // A single stage over the request as it is: no Run is made. generates: up to the client's cap, else nothing.
   bool single = false, generates = false;
+  bool critical_path = false;  // stages are due as early as what comes after them demands
   std::function<std::unique_ptr<Run>(std::int64_t input_tokens)> run;
 };
 
@@ -139,6 +147,7 @@ class Plane {
   Held* known(std::int64_t task);
   Replica& replica(std::int64_t id, const char* trigger);
   std::size_t add_pool(const std::string& name, PoolKind kind);
+  Due due(const Request& request, std::int64_t stage);
   static void only_from_flight(std::int64_t task, TaskState state, const char* trigger);
   static void forget(Request& request, std::int64_t task);
 

@@ -1,0 +1,35 @@
+"""What a client asks a pipeline, out of the body of its chat request."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from sage_core.units import RequestKind
+from sage_live import errors
+from sage_live.call import Call
+
+REFUSED: Final = ("tools", "response_format", "logprobs", "functions")
+"""What a pipeline would have to leave out, and its client would miss."""
+
+
+def question(call: Call) -> str:
+    """The text of the messages, one after another. ApiError (400) for what a pipeline cannot be asked."""
+    if call.kind is not RequestKind.LLM_CHAT:
+        raise errors.bad_request(f"{call.model} is a pipeline: ask it at /v1/chat/completions.", param="model")
+    fields: dict[str, Any] = msgspec.json.decode(call.body)
+    for key in REFUSED:
+        if fields.get(key):
+            raise errors.bad_request(f"{call.model} is a pipeline, which knows no {key}; leave it out.", param=key)
+    if fields.get("n") not in (None, 1):
+        raise errors.bad_request(f"{call.model} is a pipeline, which gives one answer; leave n out.", param="n")
+    texts = []
+    for message in fields["messages"]:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        for part in parts:
+            if part.get("type") != "text":
+                raise errors.bad_request(f"{call.model} is a pipeline, which takes text only.", param="messages")
+            texts.append(part.get("text") or "")
+    return "\n".join(texts)
