@@ -31,6 +31,7 @@ from sage_bench.calibrate.session import Wanted, calibrate_engine  # noqa: E402
 from sage_bench.cli.calibrate import show  # noqa: E402
 from sage_bench.config import composed  # noqa: E402
 from sage_bench.live import run_live  # noqa: E402
+from sage_bench.validate.compare import Compared, Latency  # noqa: E402
 from sage_bench.validate.live import RunFidelity, validate_run  # noqa: E402
 
 OUT = Path("results/bench/real.json")
@@ -120,8 +121,8 @@ def measure(
         for load in options.loads:
             share, arrivals = ARRIVALS[load]
             seconds, warmup = (options.seconds, 4.0) if share < 1 else (options.seconds / share, 0.0)
-            name = folder / f"{load}-{number}"
-            run = _live(engine, device, lengths, share * capacity, arrivals, seconds, name, warmup)
+            results = folder / f"{load}-{number}"
+            run = _live(engine, device, lengths, share * capacity, arrivals, seconds, results, warmup)
             runs[load].append(validate_run(run, folder / f"validate-{load}-{number}"))
     for load, fidelities in runs.items():
         for name, row in _errors(fidelities):
@@ -141,8 +142,8 @@ def _errors(runs: Sequence[RunFidelity]) -> Iterator[tuple[str, dict[str, float]
         latencies = [run.kinds[kind][name] for run in runs]
         means = [each.mean.measured for each in latencies]
 
-        def error(statistic: str, of: Sequence[object] = latencies) -> float:
-            pairs = [getattr(each, statistic) for each in of]
+        def error(statistic: str, of: Sequence[Latency] = latencies) -> float:
+            pairs: list[Compared] = [getattr(each, statistic) for each in of]
             return 100 * (sum(pair.simulated for pair in pairs) / sum(pair.measured for pair in pairs) - 1)
 
         yield (

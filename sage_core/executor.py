@@ -25,7 +25,7 @@ class Run:
 
     def work(self, stage: Stage, output_tokens_cap: int) -> tuple[int, int]:
         """(input tokens, maximum output tokens) of a ready stage."""
-        return _work(stage, self._sizes, output_tokens_cap)
+        return _work(self.pipeline, stage, self._sizes, output_tokens_cap)
 
     def finished(self, index: int, size: int) -> list[Stage]:
         """``index`` is done with a result of ``size`` (its output tokens, or its outcome); the stages that became ready
@@ -93,7 +93,7 @@ class Run:
                 sizes[index] = each.work(sizes).input_tokens
                 costs[index] = Cost(sizes[index], 0, 0.0, 0.0)
                 continue
-            tokens, most = _work(each, sizes, output_tokens_cap)
+            tokens, most = _work(self.pipeline, each, sizes, output_tokens_cap)
             sizes[index] = (most or tokens) if each.typical is None else each.typical
             speed = speeds[index]
             first_ns = speed.fixed_ns + speed.input_token_ns * tokens
@@ -142,6 +142,11 @@ class Forecast(NamedTuple):
     streams: Set[int]
 
 
-def _work(stage: Stage, sizes: Mapping[int, int], output_tokens_cap: int) -> tuple[int, int]:
+def _work(pipeline: Pipeline, stage: Stage, sizes: Mapping[int, int], cap: int) -> tuple[int, int]:
+    """(input tokens, maximum output tokens). ``cap``: the client's. It bounds what answers, and stages that have no bound
+    of their own; what a stage in between may write is the pipeline's business."""
     work = stage.work(sizes)
-    return work.input_tokens, output_tokens_cap if work.output_tokens_max is None else work.output_tokens_max
+    most = work.output_tokens_max
+    if most is None:
+        return work.input_tokens, cap
+    return work.input_tokens, min(most, cap) if cap and stage.index in pipeline.answering else most
