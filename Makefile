@@ -98,6 +98,18 @@ bench-emulated: install  ## eight emulated engines and 1,000 requests/s on this 
 bench-faults: install  ## engines killed, slow and hanging under load: who noticed, and when -> results/bench/faults.json
 	$(BIN)/python benchmarks/faults.py
 
+.PHONY: bench-placement bench-retrieval bench-flow bench-deadlines bench-hetero
+bench-placement: install  ## jobs placed on nodes, and random job events without a violated invariant -> results/bench/placement.json
+	$(BIN)/python benchmarks/placement.py
+bench-retrieval: install  ## chunking, search and reranking: what pipelines' stages cost -> results/bench/retrieval.json
+	$(BIN)/python benchmarks/retrieval.py
+bench-flow: install  ## items per CPU-second through streaming stages -> results/bench/flow.json
+	$(BIN)/python benchmarks/flow.py
+bench-deadlines: install  ## where deadlines by the critical path matter, and where not -> results/bench/deadlines.json
+	$(BIN)/python benchmarks/deadlines.py
+bench-hetero: install  ## embeddings on GPUs, CPUs or both: latency, cost, energy, the crossover -> results/bench/hetero.json
+	$(BIN)/python benchmarks/hetero.py
+
 .PHONY: examples
 examples: install  ## run every example
 	@for example in $(EXAMPLES); do echo "== $$example"; $(BIN)/python $$example; done

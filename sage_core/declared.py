@@ -345,6 +345,14 @@ def declared(plain: Any) -> Declared:
         raise DeclarationError(("name",), f"expected letters, digits and . _ + -, got {top.name!r}")
     if top.deadlines not in ("critical_path", "request"):
         raise DeclarationError(("deadlines",), f"expected critical_path or request, got {top.deadlines!r}")
+    known = sorted({kind.POOL for kind in OPS.values()})
+    for pool, other in top.pools.items():
+        if pool not in known:
+            raise DeclarationError(
+                ("pools", pool), f"no op has this pool{_near(pool, known)}; those of ops are {', '.join(known)}"
+            )
+        if not other:
+            raise DeclarationError(("pools", pool), "expected the name of a pool, got nothing")
     if not top.stages:
         raise DeclarationError(("stages",), "expected at least one stage")
     tracer = _Tracer(top.name, top.pools)
@@ -354,7 +362,7 @@ def declared(plain: Any) -> Declared:
     try:
         pipeline = traced(tracer.trace, scope[top.output][0].stage)
     except UnusedResult as error:
-        at = tracer.paths[error.stages[0]]
+        at = tracer.paths[error.stages[-1]]  # those before it may have been meant for it
         raise DeclarationError(at, "nothing uses its result; name it in another stage, or leave it out") from error
     pipeline = replace(pipeline, critical_path=top.deadlines == "critical_path")
     placed = [tracer.placed[old] for old in tracer.trace.kept]
@@ -434,7 +442,7 @@ class _Tracer:
                 try:
                     guards.enter_context(when(value, least, most))
                 except ConfigError as error:
-                    raise DeclarationError((*path, "when"), str(error)) from error
+                    raise DeclarationError((*path, "when"), str(error).removeprefix("when: ")) from error
             if isinstance(each, Repeat):
                 return self._repeat(name, each, path, scope, prefix), "text"
             if isinstance(each, Each):
@@ -588,6 +596,8 @@ def _converted(plain: Any, kind: Any, path: tuple[str, ...]) -> Any:
         text, _, where = str(error).partition(" - at `")
         if missing := re.match(r"Object missing required field `(.+)`", text):
             text = f"key {missing[1]!r} is missing"
+        if where.startswith("key"):
+            text = f"{text} as a key; write it in quotes"
         text = text.replace("`object`", "keys and values").replace("`array`", "a list").replace("`null`", "nothing")
         inside = re.findall(r"\w+", where.rpartition("$")[2])
         raise DeclarationError((*path, *inside), text[0].lower() + text[1:]) from error

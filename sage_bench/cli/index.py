@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Vector indexes of documents: build one, ask it, look at it.", no_args_is_help=True)
 
-RERANKED: int = 32
+RERANKED: int = 16
 """How many hits are ranked again, of which the best k are shown."""
 
 Url = Annotated[
@@ -152,7 +152,7 @@ def _client(url: str | None, engines: Sequence[str] | None) -> UnifiedInferenceC
     if not engines:
         return UnifiedInferenceClient.create(url, retries=5)
     kinds = [each if ",kind=" in each else f"{each},kind=embedding" for each in engines]
-    return UnifiedInferenceClient.create(engines=kinds, retries=5)
+    return UnifiedInferenceClient.create(engines=kinds, retries=5, wait_s=30.0)
 
 
 def _show(hits: Sequence[Hit], as_json: bool) -> None:

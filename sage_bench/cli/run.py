@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
+from sage_bench import launcher_ray
 from sage_bench.cli.leave import leave
 from sage_bench.config import told_by_hydra
 from sage_bench.live import LiveResult, run_live
@@ -36,6 +37,7 @@ def command(context: typer.Context) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Its parser refuses an override after a flag; the order means nothing to us.
     sys.argv = [sys.argv[0], *sorted(context.args, key=lambda arg: arg not in ("-m", "--multirun"))]
+    launcher_ray.register()
     try:
         _hydra_main()
     except SageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -14,16 +15,22 @@ from sage_core.pipeline import (
     REQUEST_INPUT,
     Docs,
     Op,
+    Outcome,
     Pipeline,
     Text,
     Value,
     Vector,
     Work,
     chat,
+    each,
+    join,
+    latest,
     op,
     pipeline_of,
+    repeat,
     single_request_pipelines,
     trace,
+    when,
 )
 
 
@@ -216,3 +223,128 @@ def test_no_other_pipeline_can_be_asked_for_by_name(name: str) -> None:
     pipelines = {**single_request_pipelines(), "rag": trace("rag", lambda text: answer(text, retrieve(encode(text))))}
     assert pipeline_of(pipelines, name) is None
     assert name not in pipelines
+
+
+@op(pool="cpu")
+def decide(text: Value[Text]) -> Work[Outcome]:
+    return Work(text.tokens)
+
+
+@op(pool="llm")
+def finish(notes: Value[Any]) -> Work[Text]:
+    return Work(notes.tokens, None)
+
+
+def names(pipeline: Pipeline, stages: list[Any]) -> list[str]:
+    return [pipeline.called(stage.index) for stage in stages]
+
+
+class TestWhatDependsOnOutcomes:
+    def test_a_branch(self) -> None:
+        def body(text: Value[Text]) -> Value[Text]:
+            which = decide(text)
+            with when(which, 1, 3):
+                long = chat(text)
+            with when(which, 0):
+                short = chat(text)
+            return latest(short, long)
+
+        pipeline = trace("branch", body)
+        assert pipeline.plan() == (
+            "pipeline branch\n"
+            "  decide#0 on cpu(request)\n"
+            "  chat#1 on llm(request) when decide#0 1..3\n"
+            "  chat#2 on llm(request) when decide#0 = 0\n"
+            "  latest#3(chat#2, chat#1)  -> response"
+        )
+        for outcome, taken in ((0, ["chat#2"]), (1, ["chat#1"]), (3, ["chat#1"])):
+            run = Run(pipeline, 5)
+            (chosen,) = run.finished(0, outcome)
+            assert names(pipeline, [chosen]) == taken and not run.done
+            assert run.finished(chosen.index, 9) == [] and run.done
+        run = Run(pipeline, 5)
+        assert run.finished(0, 4) == [] and run.done  # neither: there is no answer, and nothing is left to do
+        assert pipeline.answering == {1, 2}
+
+    def test_what_needs_a_skipped_stage_is_skipped_and_guards_nest(self) -> None:
+        def body(text: Value[Text]) -> Value[Any]:
+            first = decide(text)
+            with when(first, 1):
+                second = decide(chat(text))
+                with when(second, 1):
+                    inner = chat(text)
+            return finish(join(chat(text), finish(inner)))
+
+        pipeline = trace("nested", body)
+        inner = next(stage for stage in pipeline.stages if len(stage.guards) == 2)
+        assert [guard.on for guard in inner.guards] == [0, 2]
+        run = Run(pipeline, 5)
+        assert run.finished(0, 0) == []
+        (end,) = run.finished(4, 8)
+        assert run.work(end, 99) == (8, 99)
+
+    @pytest.mark.parametrize(("outcomes", "turns"), [([0], 1), ([2, 0], 2), ([1, 1, 1], 3)])
+    def test_a_loop_of_bounded_length(self, outcomes: list[int], turns: int) -> None:
+        def turn(state: Value[Text]) -> tuple[Value[Text], Value[Outcome]]:
+            said = chat(state)
+            return said, decide(said)
+
+        pipeline = trace("loop", lambda text: finish(repeat(chat(text), turn, times=3)))
+        assert [stage.op.name for stage in pipeline.stages].count("decide") == 2  # after the last turn nobody asks
+        run = Run(pipeline, 5)
+        ready, decided, said = [*pipeline.first], iter(outcomes), 0
+        for stage in ready:
+            if stage.op.name == "decide":
+                ready += run.finished(stage.index, next(decided))
+            else:
+                said += stage.op.name == "chat"
+                ready += run.finished(stage.index, 10 * said)
+        assert run.done and said == 1 + turns
+        assert run.work(pipeline.stages[-1], 99) == (10 * said, 99)  # the last turn's
+
+    @pytest.mark.parametrize("count", [0, 1, 3, 9])
+    def test_a_fan_out_of_bounded_width(self, count: int) -> None:
+        def body(text: Value[Text]) -> Value[Text]:
+            return finish(each(decide(text), lambda number: chat(text), most=3))
+
+        run = Run(trace("fan", body), 5)
+        wide = run.finished(0, count)
+        assert len(wide) == min(count, 3)
+        ready = [stage for part in wide for stage in run.finished(part.index, 4)]
+        assert [run.work(stage, 99) for stage in ready] == [(4 * min(count, 3), 99)] * (count > 0)
+        assert run.done == (count == 0)
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            (lambda text: repeat(text, lambda state: (chat(state), decide(state)), times=0), "repeat: expected times from 1, got 0"),
+            (lambda text: each(decide(text), lambda number: chat(text), most=0), "each: expected most from 1, got 0"),
+            (lambda text: guarded(text, 2, 1), "when: expected outcomes from 0, the least first, got 2 and 1"),
+            (lambda text: guarded(text, -1, None), "when: expected outcomes from 0"),
+            (lambda text: on_request(text), "when: expected the result of an op of the pipeline being traced"),
+            (lambda text: join(text), "op join: takes no time, so it needs the result of an op that does"),
+            (lambda text: repeat(text, lambda state: (chat(state), decide(state)), times=600), "pipeline bad: more than 1000 stages"),
+        ],
+    )  # fmt: skip
+    def test_wrong(self, body: Any, message: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            trace("bad", body)
+
+    def test_an_error_in_a_block_does_not_leave_its_guard_behind(self) -> None:
+        def body(text: Value[Text]) -> Value[Text]:
+            which = decide(text)
+            with pytest.raises(ZeroDivisionError), when(which, 1):
+                raise ZeroDivisionError
+            return merge(chat(text), finish(which))
+
+        assert all(not stage.guards for stage in trace("kept", body).stages)
+
+
+def guarded(text: Value[Text], least: int, most: int | None) -> Value[Text]:
+    with when(decide(text), least, most):
+        return chat(text)
+
+
+def on_request(text: Value[Text]) -> Value[Text]:
+    with when(text, 1):
+        return chat(text)
