@@ -98,8 +98,8 @@ class Size(_Strict, frozen=True):
         """The middle one."""
         if self.uniform is not None:
             return (self.uniform.low + self.uniform.high) // 2
-        if self.lognormal is not None:
-            return round(self.lognormal.median)
+        if (log := self.lognormal) is not None:
+            return min(max(round(log.median), log.low), log.high)
         return self.fixed or 0
 
 

@@ -420,12 +420,14 @@ class ControlPlane:
     def _again_or_fail(
         self, now: Nanos, task: int, before: TaskState, reason: str, retryable: bool, commands: list[AnyCommand]
     ) -> None:
-        """A new attempt, unless the client has seen tokens already or the attempts are used up."""
+        """A new attempt, unless the client has seen tokens already (it sees none of a stage in between) or the attempts are
+        used up."""
         held = self._tasks.pop(task)
         number = request_of(task)
         request = self._requests[number]
         request.tasks.remove(task)
-        if retryable and before is TaskState.DISPATCHED and held.spec.attempt + 1 < self._attempts_max:
+        unseen = before is TaskState.DISPATCHED or held.spec.stage not in request.run.pipeline.answering
+        if retryable and unseen and held.spec.attempt + 1 < self._attempts_max:
             self.counts.retries += 1
             self._queue(now, request, request.run.pipeline.stages[held.spec.stage], held.spec.attempt + 1)
         else:

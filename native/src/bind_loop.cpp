@@ -229,12 +229,11 @@ void register_loop(py::module_& m) {
            })
       .def("begin_arrivals", [](PythonLoop& self) { self.loop->begin_arrivals(); })
       .def("end_arrivals", [](PythonLoop& self) { self.loop->end_arrivals(); })
-      .def(
-          "arrive",
-          [](PythonLoop& self, std::int64_t now, std::string_view request, std::int64_t output_tokens,
-             const py::object& contents, const std::vector<std::int64_t>& results) {
-            self.loop->arrive(now, arrival_of(now, request, output_tokens, contents, results));
-          })
+      .def("arrive",
+           [](PythonLoop& self, std::int64_t now, std::string_view request, std::int64_t output_tokens,
+              const py::object& contents, const std::vector<std::int64_t>& results) {
+             self.loop->arrive(now, arrival_of(now, request, output_tokens, contents, results));
+           })
       .def("expect", [](PythonLoop& self, std::int64_t more) { self.loop->expect(more); })
       .def("on_ended",
            [](PythonLoop& self, py::object call) {
@@ -247,10 +246,8 @@ void register_loop(py::module_& m) {
       .def("stop_at", [](PythonLoop& self, std::int64_t instant) { self.loop->stop_at(instant); })
       .def("step", [](PythonLoop& self, std::int64_t now,
                       std::string_view events) { self.loop->step(now, decode_events(events)); })
-      .def("output_tokens",
-           [](const PythonLoop& self, std::int64_t request, std::int64_t stage) {
-             return known_of(self, request).result(stage);
-           })
+      .def("output_tokens", [](const PythonLoop& self, std::int64_t request,
+                               std::int64_t stage) { return known_of(self, request).result(stage); })
       .def("contents",
            [](const PythonLoop& self, std::int64_t request) {
              const auto& contents = known_of(self, request).contents;

@@ -113,6 +113,11 @@ Pipeline pipeline_of(const std::string& name, const py::object& given) {
   pipeline.single = !single.is_none();
   pipeline.generates = pipeline.single && py::cast<bool>(single);
   pipeline.critical_path = py::cast<bool>(given.attr("critical_path"));
+  if (!pipeline.single) {
+    const py::object answering = given.attr("answering");
+    for (std::size_t stage = 0; stage < pipeline.pools.size(); ++stage)
+      pipeline.answering.push_back(answering.contains(stage));
+  }
   const py::object make = py::module_::import("sage_core.executor").attr("Run");
   pipeline.run = [given, stages, make](std::int64_t input_tokens) -> std::unique_ptr<Run> {
     return std::make_unique<PythonRun>(make(given, input_tokens), stages);

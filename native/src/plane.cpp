@@ -338,8 +338,9 @@ void Plane::again_or_fail(std::int64_t task, TaskState before, const std::string
   const std::int64_t number = request_of(task);
   Request& request = requests_.at(number);
   forget(request, task);
-  // Never again once the client has seen tokens.
-  if (retryable && before == TaskState::kDispatched && held.spec.attempt + 1 < attempts_max_) {
+  // Never again once the client has seen tokens; it sees none of a stage in between.
+  const bool unseen = before == TaskState::kDispatched || !request.pipeline->answers(held.spec.stage);
+  if (retryable && unseen && held.spec.attempt + 1 < attempts_max_) {
     ++counts_.retries;
     queue(request, held.spec.stage, held.spec.attempt + 1);
   } else {

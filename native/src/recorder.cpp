@@ -230,7 +230,8 @@ struct Recorder::State {
     Flight* flight = flights.find(event.task);
     if (!flight) return;
     flight->output_tokens = event.output_tokens;
-    if (event.output_tokens != 0) {
+    // What does not generate has a result of a size too: passages, or an outcome.
+    if (event.output_tokens != 0 && flight->task.output_tokens_max != 0) {
       if (!flight->first_token_ns) first_token(now, *flight);  // not streamed: it came with the last
       if (Live* request = live.find(request_of(event.task))) {
         request->output_tokens += event.output_tokens;

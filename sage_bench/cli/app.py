@@ -38,6 +38,7 @@ COMMANDS: Final[Mapping[str, Callable[[typer.Typer, str, Any], None]]] = {
     "validate": _single,
     "whatif": _single,
     "calibrate": _single,
+    "hetero": _single,
     "doctor": _single,
     "gateway": _group("Serve the OpenAI API from engines, the control plane in between."),
     "llm": _group("LLM engines: serve one, real or emulated."),

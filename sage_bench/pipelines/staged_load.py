@@ -83,7 +83,8 @@ Draw = Callable[[NDArray[np.float64]], NDArray[np.int64]]
 
 def _draw_of(declaration: StageDeclaration) -> Draw | None:
     if isinstance(declaration, Branch):
-        ends = np.cumsum(declaration.chances) / sum(declaration.chances)
+        ends = np.cumsum(declaration.chances)
+        ends /= ends[-1]  # exactly 1 from the last outcome that has a chance
         return lambda u: np.searchsorted(ends, u, side="right").astype(np.int64)
     if isinstance(declaration, Chat | Generate):
         size: Size | None = declaration.output_tokens

@@ -230,7 +230,8 @@ class RunRecorder(Recorder):
         if flight is None:
             return
         output_tokens = flight.output_tokens = event.output_tokens
-        if output_tokens:
+        # What does not generate has a result of a size too: passages, or an outcome.
+        if output_tokens and flight.task.output_tokens_max:
             if flight.first_token_ns is None:  # not streamed: the first token came with the last
                 self._first_token(now, flight)
             request = self._live.get(event.task >> TASK_BITS)

@@ -74,7 +74,7 @@ TASKS = pa.schema(
         ("first_token_ns", pa.int64()),
         ("ended_ns", pa.int64()),
         ("input_tokens", pa.int64()),
-        ("output_tokens", pa.int64()),
+        ("output_tokens", pa.int64()),  # size of the result: generated, or of passages, or an outcome
         ("batch", pa.int64()),  # number of the Dispatch command within the run
         ("batch_tasks", pa.int32()),  # tasks in that command
         ("outcome", _LABEL),  # finished, cancelled, failed, lost (its replica left); null: on it when the run ended

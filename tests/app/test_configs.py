@@ -17,12 +17,14 @@ from sage_bench.run import RunResult
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
-CHOICES = [path for path in FILES if path.parts[0] != "experiment" and len(path.parts) > 1]
+# Launchers are Hydra's own objects: tests/app/test_sweep_launchers.py.
+CHOICES = [path for path in FILES if path.parts[0] not in ("experiment", "hydra") and len(path.parts) > 1]
 EXPERIMENTS = [path.name for path in FILES if path.parts[0] == "experiment"]
 
 NEEDS = {
     "load/trace": ("load.path={trace}",),
     "load/recorded": ("load.run={recorded_once}",),
+    "pipeline/file": ("pipeline.path=rag",),
     "policy/user": ("policy._target_=sage_policies.presets.fifo",),
 }
 """What a choice leaves for the user to say."""

@@ -254,7 +254,9 @@ class World:
 
         def undone(task: int, retryable: bool) -> None:
             held = self._off(task)
-            if retryable and task not in self.streamed and held.attempt + 1 < ATTEMPTS_MAX:
+            answers = held.stage == _pipeline(self.live[request_of(task)].pipeline).output
+            seen = task in self.streamed and answers  # by the client, who sees nothing of a stage in between
+            if retryable and not seen and held.attempt + 1 < ATTEMPTS_MAX:
                 self.retries += 1
             else:
                 must_fail.add(request_of(task))

@@ -354,22 +354,38 @@ class TestReplicas:
         self, make_plane: MakePlane, ask: Ask, join: Join, mechanism: str, first_streams: bool
     ) -> None:
         """One of them cannot be tried again: the request fails once, nothing of it stays, nobody is told to cancel."""
-        from sage_core.pipeline import Text, Value, Vector, Work, op, trace
+        from sage_core.pipeline import Text, Value, Work, op, trace
+        from sage_core.pipeline import join as together
 
         @op(pool="llm")
         def draft(text: Value[Text]) -> Work[Text]:
             return Work(text.tokens, 5)
 
-        @op(pool="llm")
-        def merge(left: Value[Text], right: Value[Text]) -> Work[Vector]:
-            return Work(left.tokens + right.tokens, 5)
-
-        twice = trace("twice", lambda text: merge(draft(text), draft(text)))
+        twice = trace("twice", lambda text: together(draft(text), draft(text)))  # both answer
         plane = plane_of(mechanism, {"twice": twice}, {"fifo": lambda: preset("fifo")}, "fifo")
         plane.step(Nanos(0), [join(0), ask(0, "twice")])
         plane.step(Nanos(1), [e.TokensProduced(task_id(0, 0 if first_streams else 1), 1)])
         assert plane.step(Nanos(2), [e.ReplicaLeft(0)]) == [Fail(0, "replica 0 left")]
         assert (plane.live, plane.tasks_queued, plane.counts.failed) == (0, 0, 1)
+        plane.check()
+
+    @pytest.mark.parametrize("mechanism", ["native", "reference"])
+    def test_a_stage_in_between_is_tried_again_though_it_has_made_tokens(
+        self, mechanism: str, ask: Ask, join: Join
+    ) -> None:
+        """The client has seen none of them."""
+        from sage_core.pipeline import chat, trace
+
+        twice = trace("twice", lambda text: chat(chat(text)))
+        plane = plane_of(mechanism, {"twice": twice}, {"fifo": lambda: preset("fifo")}, "fifo")
+        plane.step(Nanos(0), [join(0), ask(0, "twice")])
+        plane.step(Nanos(1), [e.TokensProduced(task_id(0, 0), 1)])
+        assert plane.step(Nanos(2), [e.ReplicaLeft(0)]) == []
+        assert (plane.live, plane.tasks_queued, plane.counts.retries) == (1, 1, 1)
+        plane.step(Nanos(3), [join(1)])
+        plane.step(Nanos(4), [e.TaskFinished(task_id(0, 1), 4)])
+        plane.step(Nanos(5), [e.TokensProduced(task_id(0, 2), 1)])
+        assert plane.step(Nanos(6), [e.ReplicaLeft(1)]) == [Fail(0, "replica 1 left")]  # of this one it has
         plane.check()
 
     @pytest.mark.parametrize("mechanism", ["native", "reference"])

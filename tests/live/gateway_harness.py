@@ -206,7 +206,7 @@ async def serving(
         for spec in specs:
             inference.add_engine(spec)
         for each in pipelines:
-            inference.add_pipeline(LivePipeline(each, indexes or {}), {})
+            inference.add_pipeline(LivePipeline(each, indexes or {}))
         await gateway.start()
         await box[0].healthy(len(specs) if healthy is None else healthy)
         yield box[0]

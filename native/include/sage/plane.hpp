@@ -72,6 +72,8 @@ struct Pipeline {
   std::vector<std::int64_t> first;  // stages that need nothing but the request
   // A single stage over the request as it is: no Run is made. generates: up to the client's cap, else nothing.
   bool single = false, generates = false;
+  std::vector<bool> answering;  // by stage: whether its own tokens answer the request; empty: the only one does
+  bool answers(std::int64_t stage) const { return answering.empty() || answering[static_cast<std::size_t>(stage)]; }
   bool critical_path = false;  // stages are due as early as what comes after them demands
   std::function<std::unique_ptr<Run>(std::int64_t input_tokens)> run;
 };
