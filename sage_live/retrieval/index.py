@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -126,11 +126,11 @@ class VectorIndex:
         wanted = min(len(self), max(PROPOSALS_MIN, PROPOSALS_PER_HIT * k))
         with self._one_caller:
             keys = self._graph.search(query, wanted, threads=1).keys
-        return self._best(np.asarray(keys, np.uint64), query, k)
+        return self._best(np.asarray(keys, np.uint64), self._vectors[keys], query, k)
 
     def exact(self, vector: NDArray[np.float32], k: int) -> list[Hit]:
         """What :meth:`search` should find: every vector is compared. Errors as there."""
-        return self._best(np.arange(len(self), dtype=np.uint64), self._query(vector, k), k)
+        return self._best(np.arange(len(self), dtype=np.uint64), self._vectors, self._query(vector, k), k)
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -152,14 +152,16 @@ class VectorIndex:
         unit: NDArray[np.float32] = _units(query[None], lambda row: "the query's vector")[0]
         return unit
 
-    def _best(self, keys: NDArray[np.uint64], query: NDArray[np.float32], k: int) -> list[Hit]:
-        # einsum adds each row up in the same order however many there are; a matrix product does not.
-        scores: NDArray[np.float32] = np.einsum("ij,j->i", self._vectors[keys], query)
+    def _best(
+        self, keys: NDArray[np.uint64], vectors: NDArray[np.float32], query: NDArray[np.float32], k: int
+    ) -> list[Hit]:
+        # einsum adds each row up in the same order however many there are; a matrix product need not.
+        scores: NDArray[np.float32] = np.einsum("ij,j->i", vectors, query)
         places = np.lexsort((keys, -scores))[:k]
         return [Hit(self._chunks[int(keys[place])], float(scores[place])) for place in places]
 
 
-def _units(vectors: NDArray[np.float32], whose: Any) -> NDArray[np.float32]:
+def _units(vectors: NDArray[np.float32], whose: Callable[[int], str]) -> NDArray[np.float32]:
     """(n, d), each row of length 1. DataError naming the first that has no direction."""
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
     wrong = ~(np.isfinite(norms) & (norms > 0))
