@@ -71,7 +71,14 @@ def up(
 
     With --gateway further arguments choose its policy and objectives: policy=hybrid slo=interactive ...
     """
-    from sage_bench.job_launch import check_jobs, check_plan, emulated_launch_of, gateway_launch, launch_of
+    from sage_bench.job_launch import (
+        check_jobs,
+        check_plan,
+        emulated_launch_of,
+        gateway_launch,
+        launch_of,
+        not_emulated,
+    )
     from sage_core.jobs import JobOptions
     from sage_core.units import seconds
     from sage_live.jobs.ray_controller import GatewayWish
@@ -82,6 +89,9 @@ def up(
     cluster = _cluster(file, runtime, strategy)
     check_jobs(cluster)
     check_plan(cluster, emulate=emulate)
+    for job in cluster.jobs if emulate else ():
+        if ignored := not_emulated(job):
+            print(f"note: job {job.name}: an emulated engine has no {', '.join(ignored)}", file=sys.stderr)
     wish = None
     if gateway:
         port = choose_port("gateway") if gateway_port is None else gateway_port
