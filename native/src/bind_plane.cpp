@@ -77,8 +77,7 @@ class PythonRun : public Run {
   Due due(std::int64_t stage, Due request, std::int64_t cap, const std::vector<Speed>& speeds) override {
     static py::object* speed = new py::object(py::module_::import("sage_core.policy").attr("Speed"));
     py::list of;
-    for (const Speed& each : speeds)
-      of.append((*speed)(each.fixed_ns, each.input_token_ns, each.output_token_ns));
+    for (const Speed& each : speeds) of.append((*speed)(each.fixed_ns, each.input_token_ns, each.output_token_ns));
     const auto due = py::cast<std::pair<std::int64_t, std::int64_t>>(
         run_.attr("due")(stages_[py::int_(stage)], request.ttft_at, request.at, cap, of));
     return {due.first, due.second};

@@ -30,7 +30,7 @@ struct Contents {
 
 struct TruthOf {
   std::int64_t output_tokens = 0;
-  std::shared_ptr<const Contents> contents;  // null: shares nothing
+  std::shared_ptr<const Contents> contents;                  // null: shares nothing
   std::shared_ptr<const std::vector<std::int64_t>> results;  // by stage; null: a single stage, whose output it is
 
   std::int64_t result(std::int64_t stage) const {
