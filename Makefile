@@ -32,6 +32,8 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CXX
 
+# Two at a time: many tests wait for processes and sockets, and more would make those of the live half unpunctual.
+TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest -c tools/pytest.ini --rootdir=. -o cache_dir=.sage/cache/pytest $(PYTEST_ARGS)
 
 .PHONY: help
@@ -44,7 +46,7 @@ demo: install  ## install, compare the policies on a mixed chat + embedding load
 
 .PHONY: test
 test: lint  ## install, lint, and the whole test suite except what needs real engines
-	$(PYTEST)
+	$(PYTEST) -n $(TEST_PROCESSES)
 
 .PHONY: install-live
 install-live: install  ## real engines for a machine without a GPU: vLLM, llama.cpp, small models -> .sage/live (3.2 GB, 5 minutes)
