@@ -65,7 +65,8 @@ def _facts(profile: Profile) -> Table:
     rows = [
         (
             "model",
-            f"{profile.model.name}, {profile.model.precision}, {profile.model.parameters / 1e9:.3g} B parameters",
+            f"{profile.model.name}, {profile.model.precision}"
+            + (f", {profile.model.parameters / 1e9:.3g} B parameters" if profile.model.parameters else ""),
         ),
         ("hardware", f"{hardware.count} x {hardware.device}, {memory}, {tdp}"),
         ("engine", f"{profile.engine.name} {profile.engine.version}"),
