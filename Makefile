@@ -46,7 +46,7 @@ demo: install  ## install, compare the policies on a mixed chat + embedding load
 
 .PHONY: test
 test: lint  ## install, lint, and the whole test suite except what needs real engines
-	$(PYTEST) -n $(TEST_PROCESSES)
+	$(PYTEST) -n $(TEST_PROCESSES) --dist loadgroup
 
 .PHONY: install-live
 install-live: install  ## real engines for a machine without a GPU: vLLM, llama.cpp, small models -> .sage/live (3.2 GB, 5 minutes)
