@@ -16,7 +16,7 @@ import msgspec
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sage_bench.pipelines.file import read_pipeline
 from sage_core.errors import ConfigError
@@ -260,6 +260,8 @@ def checked(config: DictConfig | dict[str, Any]) -> tuple[RunConfig, dict[str, A
     """The configuration as structs and as plain data. Raises ConfigError naming the key."""
     try:
         plain: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"config: {error.full_key}: expected a value; say {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {str(error).splitlines()[0]}") from error
     plain.pop("experiment", None)

@@ -53,6 +53,7 @@ from sage_live.loadgen.processes import run_processes
 from sage_live.loadgen.prompts import Prompts, estimated, with_tokenizer
 from sage_live.loadgen.schema import FIELDS, client_table, write_client
 from sage_live.loadgen.summary import Summary, summary
+from sage_live.pipelines.pipeline import LivePipeline
 from sage_live.processes import EngineProcess
 from sage_live.round_trip import round_trip_ns
 
@@ -236,8 +237,11 @@ def _check(parts: Parts, driver: LiveDriverConfig) -> None:
     for pipeline in _asked(parts):
         if pipeline not in served:
             raise ConfigError(
-                f"load: asks for pipeline {pipeline!r}, which no engine of cluster.devices serves; they serve {', '.join(served)}"
+                f"load: asks for pipeline {pipeline!r}, which no engine of cluster.devices serves; they serve {', '.join(served) or 'none'}"
             )
+    indexes = {name: Path(folder) for name, folder in driver.indexes.items()}
+    for declaration in parts.declared.values():  # what the gateway will load, so that its errors come before it starts
+        LivePipeline(declaration, indexes)
     if driver.processes > 1 and not isinstance(parts.load, ColumnLoad):
         raise ConfigError(
             "driver.processes: a closed loop runs in one process, because its users wait for their answers"

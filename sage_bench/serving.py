@@ -299,7 +299,7 @@ def deploy(service: InferenceService, config: RunConfig, indexes: Mapping[str, P
             count = group.count * o.workers + (workers[o.pool].at_once if o.pool in workers else 0)
             workers[o.pool] = Workers(count, o.fixed_s * 1e9, o.input_token_s * 1e9)
     for declaration in declared_of(config).values():
-        service.add_pipeline(LivePipeline(declaration, indexes), workers)
+        service.add_pipeline(LivePipeline(declaration, indexes, workers))
 
 
 class ControlPlaneError(Exception):

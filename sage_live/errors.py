@@ -172,3 +172,15 @@ def internal() -> ApiError:
 def _shown(name: str, limit: int = 80) -> str:
     """A name a client sent, safe and short enough for a message: quoted, control characters escaped."""
     return ascii(name if len(name) <= limit else name[:limit] + "...")
+
+
+REASON_MAX: Final = 500
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, to be told and written down: one that others wrote may say anything, or raise when it is asked."""
+    try:
+        text = str(error) if isinstance(error, SageError) else f"{type(error).__name__}: {error}"
+    except Exception:
+        text = type(error).__name__
+    return text[:REASON_MAX].encode(errors="replace").decode()

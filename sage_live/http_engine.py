@@ -188,8 +188,8 @@ class HttpEngine:
         self.replica = -1
         for task, flight in self.flights.items():
             flight.cut()
-            call = self._calls.get(request_of(task))
-            if call is not None and call.error is None:
+            call = flight.call_of(task)
+            if call.error is None:
                 call.error = errors.upstream_failed(
                     "The engine stopped answering, and the request could not be retried."
                 )
@@ -215,11 +215,14 @@ class HttpEngine:
         call = self._calls[request_of(task.task)]
         if call.run is None:
             return call
+        if call.dispatched_ns < 0:
+            call.dispatched_ns = self.now()
         try:
             return call.run.stage_call(task)
         except Exception as error:
-            call.error = errors.upstream_failed(f"A stage of the pipeline cannot be sent: {error}")
-            self.post(e.TaskFailed(task.task, str(error), False))
+            reason = errors.reason_of(error)
+            call.error = errors.upstream_failed(f"A stage of the pipeline cannot be sent: {reason}.")
+            self.post(e.TaskFailed(task.task, reason, False))
             return None
 
     def _send_embeddings(self, command: Dispatch) -> None:
@@ -356,6 +359,10 @@ class _Flight:
         if self.exchange is not None:
             self.exchange.abort()
 
+    def call_of(self, task: int) -> Call:
+        """What was sent for it."""
+        raise NotImplementedError
+
     def forget(self, task: int) -> None:
         """This task's answer is not wanted."""
         self.cut()
@@ -370,6 +377,9 @@ class _Whole(_Flight):
         super().__init__(engine)
         self.task = task
         self.call = call
+
+    def call_of(self, task: int) -> Call:
+        return self.call
 
     def on_end(self) -> None:
         engine, call, body = self.engine, self.call, self.body
@@ -503,6 +513,9 @@ class _Batch(_Flight):
         super().__init__(engine)
         self.members = members
         self.parts = [(task, parts) for task, (_, parts) in members.items()]
+
+    def call_of(self, task: int) -> Call:
+        return self.members[task][0]
 
     def forget(self, task: int) -> None:
         """The others still want theirs; if nobody does, the exchange is cut."""

@@ -16,13 +16,13 @@ from sage_core.errors import ConfigError, DataError
 from sage_core.native_plane import Plane
 from sage_core.slo import SloTable
 from sage_core.stepper import ColumnRecorder, Recorder
-from sage_core.units import NEVER, PoolKind, RequestKind, seconds
+from sage_core.units import NEVER, PoolKind, RequestKind, request_of, seconds
 from sage_live import errors
 from sage_live.call import Call
 from sage_live.driver import LiveDriver, Outcome
 from sage_live.health import HealthConfig, State, Watch
 from sage_live.http_engine import EngineSpec, HttpEngine
-from sage_live.pipelines.function_engine import FunctionEngine, Workers
+from sage_live.pipelines.function_engine import FunctionEngine
 from sage_live.pipelines.pipeline import LivePipeline
 from sage_live.pipelines.question import question
 from sage_live.pipelines.run import PipelineRun
@@ -137,6 +137,7 @@ class InferenceService:
         self._functions: dict[str, FunctionEngine] = {}
         self._pools: dict[str, tuple[str, PoolKind]] = {}  # what each was first, for the plane never forgets
         self._request_next = 0
+        self._deserted: dict[str, int] = {}  # models without an engine in service, and when that was seen first
         self._skipped: set[int] = set()  # below the next number and not given out
         self._device_next = 0
         self._emptied: asyncio.Event | None = None
@@ -161,6 +162,10 @@ class InferenceService:
             )
         if spec.called in self.watches:
             raise ConfigError(f"engine {spec.called!r} is in service already; give this one another name")
+        if pool in self._functions:
+            raise ConfigError(
+                f"engine {spec.url}: pool {pool!r} is that of a pipeline's functions; choose another name"
+            )
         engine = HttpEngine(spec, self.calls, self._device_next)
         self._device_next += 1
         self._pools[pool] = (spec.model, spec.kind)
@@ -172,25 +177,38 @@ class InferenceService:
         watch = self.watches[engine.name] = Watch(engine, self.driver, self._health, self._peers, self._state)
         return watch
 
-    def add_pipeline(self, live: LivePipeline, workers: Mapping[str, Workers]) -> None:
-        """Requests may ask for it by its name, as if it were a model. The plane has to know it already. workers: of pools
-        whose work is done here. ConfigError for a pool that no engine is in, or a name that is taken: engines come first."""
+    def add_pipeline(self, live: LivePipeline) -> None:
+        """Requests may ask for it by its name, as if it were a model. The plane has to know it already. ConfigError for a
+        pool that no engine is in, or one for other work, or a name that is taken: engines come first."""
         if live.name in self.models:
             raise ConfigError(f"pipeline {live.name!r}: a model is called that already; choose another name")
-        for pool in live.engine_pools():
+        for pool, kind in live.engine_pools.items():
             if pool not in self._pools:
                 raise ConfigError(
                     f"pipeline {live.name}: no engine is in pool {pool!r}, which it needs; there are "
                     f"{', '.join(self._pools) or 'none'} (say --pool {pool}=MODEL)"
                 )
-        for pool in live.pools:
+            model, there = self._pools[pool]
+            if there is not kind:
+                stage = next(each.name for each in live.pipeline.stages if each.op.pool == pool)
+                raise ConfigError(
+                    f"pipeline {live.name}: stage {stage} needs {kind.name} engines, and those of pool {pool!r} ({model}) are "
+                    f"{there.name}"
+                )
+        for pool in live.workers:
+            if pool in self._pools:
+                raise ConfigError(
+                    f"pipeline {live.name}: pool {pool!r} is that of the engines of {self._pools[pool][0]!r}, and functions "
+                    "cannot share it; choose another name"
+                )
+        for pool, workers in live.workers.items():
             if pool not in self._functions:
                 number, device = self.driver.replica_number(), self._device_next
-                engine = FunctionEngine(pool, self.calls, workers.get(pool, Workers()).joined(number, pool, device))
+                engine = FunctionEngine(pool, self.calls, workers.joined(number, pool, device))
                 self._device_next += 1
                 self._functions[pool] = engine
                 self.driver.add(engine)
-        self.pipelines[live.name] = _Deployed(live, {pool: self._pools[pool][0] for pool in live.engine_pools()})
+        self.pipelines[live.name] = _Deployed(live, {pool: self._pools[pool][0] for pool in live.engine_pools})
         self.models[live.name] = Served(live.name, PoolKind.LLM, "")
         self._register()
 
@@ -341,6 +359,7 @@ class InferenceService:
                 self.observe(call, outcome, status, self.driver.now)
         except Exception:  # who is told of one request must not end the control plane, and with it all the others
             _log.exception("request %d: its client could not be told how it ended", call.request)
+        call.run = None  # which holds the call: no cycle is left to the collector
         if self._emptied is not None and not self.calls:
             self._emptied.set()
 
@@ -402,14 +421,26 @@ class InferenceService:
         self._timer = asyncio.get_running_loop().call_later(1.0, self._sweep)
         now = self.driver.now
         waited = now - int(self.config.no_engine_s * 1e9)
-        deserted = {model for model in self.models if not self._in_service(model)}
+        self._deserted = deserted = {
+            model: self._deserted.get(model, now) for model in self.models if not self._in_service(model)
+        }
+        at_work = self._at_work() if deserted and self.pipelines else frozenset()
         for call in self.calls.values():
             if call.deadline_ns <= now:
                 self._give_up(call, errors.upstream_timeout(f"No answer within {self.config.request_s:g} s."))
             elif not deserted:
                 break  # in order of arrival, and all may take as long
-            elif call.dispatched_ns < 0 and call.arrived_ns < waited and call.model in deserted:
+            elif call.model not in deserted or call.arrived_ns >= waited:
+                continue
+            elif call.dispatched_ns < 0 or (
+                call.run is not None and deserted[call.model] < waited and call.request not in at_work
+            ):  # a pipeline between two stages
                 self._give_up(call, errors.overloaded(5.0, f"No engine of {call.model} is in service."))
+
+    def _at_work(self) -> frozenset[int]:
+        """Requests that an engine or a function has a part of."""
+        found = {request_of(task) for watch in self.watches.values() for task in watch.engine.flights}
+        return frozenset(found.union(*(engine.at_work for engine in self._functions.values())))
 
     def _give_up(self, call: Call, error: errors.ApiError) -> None:
         """The request is cancelled, and its client told why."""

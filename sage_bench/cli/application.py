@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -58,9 +59,12 @@ def command(
             _answer(client, name, question, max_tokens)
         return
     declared = load_pipeline(pipeline)
-    chosen = [f"pipeline={pipeline}"] if pipeline in shipped() else ["pipeline=file", f"pipeline.path={pipeline}"]
+    chosen = (
+        [f"pipeline={pipeline}"] if pipeline in shipped() else ["pipeline=file", f"pipeline.path={_quoted(pipeline)}"]
+    )
     folders = [
-        f"+driver.indexes.{key}={folder}" for key, folder in _indexes(declared, pairs("--index", index or [])).items()
+        f"+driver.indexes.{key}={_quoted(folder)}"
+        for key, folder in _indexes(declared, pairs("--index", index or [])).items()
     ]
     engines = [_pooled(each) for each in engine]
     with UnifiedInferenceClient.create(engines=engines, overrides=[*chosen, *folders], record=record) as client:
@@ -77,6 +81,12 @@ def _answer(client: UnifiedInferenceClient, name: str, question: str, max_tokens
         Console(stderr=True, highlight=False).print(
             f"sources: {', '.join(completion.sources)}", markup=False, style="dim"
         )
+
+
+def _quoted(text: str) -> str:
+    """As a value of Hydra, whose grammar means something by commas, brackets and more."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return f"'{escaped}'"
 
 
 def _pooled(text: str) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
 from sage_core import events as e
 from sage_core.commands import Cancel, Dispatch, Task
-from sage_core.errors import SageError
 from sage_core.units import Nanos, PoolKind, request_of
+from sage_live import errors
 from sage_live.call import Call
 from sage_live.driver import Post
 
@@ -54,13 +54,16 @@ class FunctionEngine:
 
     def start(self, post: Post, now: Callable[[], Nanos]) -> None:
         """From now on commands come, and events go to ``post``."""
-        self._post = post
+        self._post, self._now = post, now
 
     def carry_out(self, command: Dispatch | Cancel) -> None:
         """Call the functions; let go of those whose result is not wanted."""
         if isinstance(command, Dispatch):
             for task in command.tasks:
-                running = self._tasks[task.task] = asyncio.ensure_future(self._run(task))
+                call = self._calls[request_of(task.task)]
+                if call.dispatched_ns < 0:
+                    call.dispatched_ns = self._now()
+                running = self._tasks[task.task] = asyncio.ensure_future(self._run(task, call))
                 running.add_done_callback(partial(self._over, task.task))
         else:
             cancelled = self._tasks.pop(command.task, None)
@@ -70,17 +73,22 @@ class FunctionEngine:
     def _over(self, task: int, _: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
 
-    async def _run(self, task: Task) -> None:
-        run = self._calls[request_of(task.task)].run
+    async def _run(self, task: Task, call: Call) -> None:
+        run = call.run
         try:
             assert run is not None
             size = await run.perform(task)
-        except SageError as error:
-            self._post(e.TaskFailed(task.task, str(error), False))
         except Exception as error:  # a defect of a stage is the end of its request, not of the control plane
-            self._post(e.TaskFailed(task.task, f"{type(error).__name__}: {error}", False))
+            reason = errors.reason_of(error)
+            call.error = errors.upstream_failed(f"The request failed: {reason}.")
+            self._post(e.TaskFailed(task.task, reason, False))
         else:
             self._post(e.TaskFinished(task.task, size))
+
+    @property
+    def at_work(self) -> Iterator[int]:
+        """Requests that it has a task of."""
+        return map(request_of, self._tasks)
 
     async def close(self) -> None:
         """Let go of everything."""

@@ -30,6 +30,7 @@ from sage_core.declared import (
     Tool,
 )
 from sage_core.errors import DataError
+from sage_core.pipeline import Stage
 from sage_core.units import RequestKind
 from sage_live.call import Answer, Call
 from sage_live.errors import ApiError
@@ -39,10 +40,11 @@ from sage_live.pipelines.values import Passage, Value
 from sage_live.retrieval.chunk import Chunk
 from sage_live.retrieval.index import Hit
 from sage_live.retrieval.rerank import rerank
+from sage_live.wire import COUNT_MAX
 
 _encode = msgspec.json.Encoder().encode
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)\}")
-_DONE: Final = b"data: [DONE]"
+_DONE: Final = b"data: [DONE]\n\n"
 
 
 class _Nobody(Answer):
@@ -83,6 +85,8 @@ class PipelineRun:
             body = _encode({"model": model, "input": self._prompt_of(placed, each.of)})
             made = Call(_NOBODY, RequestKind.EMBEDDING, model, "/v1/embeddings", body, tenant=outer.tenant)
         elif isinstance(each, Chat | Generate):
+            for name in _PLACEHOLDER.findall(each.prompt):
+                self._use(self.value(placed.inputs[name]))
             prompt = _PLACEHOLDER.sub(lambda found: self._prompt_of(placed, found[1]), each.prompt)
             fields: dict[str, Any] = {
                 "model": model,
@@ -101,7 +105,7 @@ class PipelineRun:
                     fields["stream_options"] = {"include_usage": True}
             kind = RequestKind.LLM_CHAT if isinstance(each, Chat) else RequestKind.LLM_GENERATE
             path = "/v1/chat/completions" if isinstance(each, Chat) else "/v1/completions"
-            answer = outer.answer if streams else _NOBODY
+            answer = _Streamed(self, outer) if streams else _NOBODY
             made = Call(
                 answer,
                 kind,
@@ -122,8 +126,6 @@ class PipelineRun:
         made.input_tokens = task.input_tokens
         made.exact = task.input_tokens  # for emulated engines; others count themselves
         made.traceparent = outer.traceparent
-        if outer.dispatched_ns < 0:
-            outer.dispatched_ns = 0
         self._calls[placed.name] = made
         return made
 
@@ -143,11 +145,11 @@ class PipelineRun:
         call = self._calls.get(name)
         if call is not None:
             return _result(name, call)
-        placed = next(each for group in self._pipeline.declared.stages for each in group if each.name == name)
+        stage, placed = self._pipeline.placed[name]
         each = placed.declaration
         if isinstance(each, Item):
             whole = self.value(placed.inputs[each.of])
-            return values.part(whole, each.number, self._count_of(placed))
+            return values.part(whole, each.number, self._count_of(stage))
         there = [self.value(maker) for maker in placed.inputs.values() if self._there(maker)]
         if isinstance(each, Join):
             return values.passages(there)
@@ -159,15 +161,21 @@ class PipelineRun:
         """Whether that stage ran."""
         if name in self._values or (name in self._calls and self._calls[name].reply):
             return True
-        placed = next((each for group in self._pipeline.declared.stages for each in group if each.name == name), None)
-        free = placed is not None and isinstance(placed.declaration, Item | Join | Latest)
-        return free and placed is not None and any(self._there(maker) for maker in placed.inputs.values())
+        stage, placed = self._pipeline.placed[name]
+        return stage.free and self._allowed(stage) and any(self._there(maker) for maker in placed.inputs.values())
 
-    def _count_of(self, placed: Placed) -> int:
+    def _allowed(self, stage: Stage) -> bool:
+        """Whether the branches that it depends on said so."""
+        for on, least, most in stage.guards:
+            outcome = self._values.get(self._pipeline.declared.stages[on][-1].name)
+            if not isinstance(outcome, int) or not least <= outcome <= most:
+                return False
+        return True
+
+    def _count_of(self, stage: Stage) -> int:
         """Into how many parts the value of an item is cut: what the branch said, as far as the fan-out goes."""
         stages = self._pipeline.pipeline.stages
-        stage = next(each for each in stages if each.name == placed.name)
-        count = self._values[stages[stage.inputs[1]].name]
+        count = self._values[self._pipeline.declared.stages[stage.inputs[1]][-1].name]
         siblings = sum(1 for each in stages if each.inputs == stage.inputs and each.op is stage.op)
         assert isinstance(count, int)
         return max(1, min(count, siblings))
@@ -179,7 +187,7 @@ class PipelineRun:
         result: Value = 0
         for placed in self._pipeline.declared.stages[task.stage]:
             result = self._values[placed.name] = await self._performed(placed)
-        return values.size(result)
+        return min(values.size(result), COUNT_MAX)
 
     async def _performed(self, placed: Placed) -> Value:
         each = placed.declaration
@@ -191,7 +199,6 @@ class PipelineRun:
             found = self.value(placed.inputs[each.passages])
             assert isinstance(found, list)
             given = [Hit(Chunk(one.text, one.source, 0, number), one.score) for number, one in enumerate(found)]
-            self._sources.clear()
             return self._found(rerank(values.text(self.value(placed.inputs[each.query])), given, each.keep))
         function = self._pipeline.functions.get(placed.name)
         if isinstance(each, Filter):
@@ -204,6 +211,8 @@ class PipelineRun:
         if isinstance(each, Branch):
             return await self._decided(each, placed, given_values)
         assert function is not None
+        for value in given_values:
+            self._use(value)
         result = await function.call(*map(values.argument, given_values))
         if isinstance(result, list | tuple):
             return "\n".join(map(str, result))
@@ -213,14 +222,21 @@ class PipelineRun:
         function = self._pipeline.functions.get(placed.name)
         if function is not None:
             outcome = int(await function.call(*map(values.argument, given)))
-            if outcome < 0:
-                raise DataError(f"stage {placed.name}: a branch decides for a number from 0, got {outcome}")
+            if not 0 <= outcome <= COUNT_MAX:
+                side = "below" if outcome < 0 else "above"
+                raise DataError(
+                    f"stage {placed.name}: a branch decides for a number from 0 to {COUNT_MAX:,}, and this one is {side}"
+                )
             return outcome
         words = (each.contains or "").lower()
         return int(any(words in values.text(value).lower() for value in given))
 
+    def _use(self, value: Value) -> None:
+        """Something is made from it: the answer has the sources of passages that were."""
+        if isinstance(value, list):
+            self._sources.update((each.source, None) for each in value if each.source)
+
     def _found(self, hits: list[Hit]) -> list[Passage]:
-        self._sources.update((hit.chunk.source, None) for hit in hits)
         return [Passage(hit.chunk.text, hit.chunk.source, hit.score) for hit in hits]
 
     # --- the end --------------------------------------------------------------------------------------------------
@@ -233,13 +249,14 @@ class PipelineRun:
         outer.output_tokens = sum(each.output_tokens for each in engines)
         outer.engine = engines[-1].engine if engines else ""
         if streamed is not None:
-            outer.begun = streamed.begun
             outer.reply_type = streamed.reply_type
             outer.first_token_ns = streamed.first_token_ns
-            outer.tail = self._with_sources(streamed.tail)
+            outer.tail = self.with_sources(streamed.tail)
             return
         stages = self._pipeline.pipeline
-        text = values.text(self.value(stages.stages[stages.output].name))
+        result = self.value(stages.stages[stages.output].name)
+        self._use(result)
+        text = values.text(result)
         head = {"id": f"chatcmpl-{outer.request}", "created": 0, "model": outer.model}
         usage = {
             "prompt_tokens": outer.prompt_tokens,
@@ -248,9 +265,12 @@ class PipelineRun:
         }
         if outer.stream:
             choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            chunk = _encode({**head, "object": "chat.completion.chunk", "choices": [choice]})
+            head["object"] = "chat.completion.chunk"
+            chunks = [{**head, "choices": [choice]}]
+            if outer.usage_asked:
+                chunks.append({**head, "choices": [], "usage": usage})
             outer.reply_type = b"text/event-stream"
-            outer.tail = self._with_sources(b"data: %b\n\n%b\n\n" % (chunk, _DONE))
+            outer.tail = self.with_sources(b"".join(b"data: %b\n\n" % _encode(each) for each in chunks) + _DONE)
             return
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         reply = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
@@ -258,26 +278,42 @@ class PipelineRun:
             reply["sources"] = list(self._sources)
         outer.reply, outer.reply_type = _encode(reply), b"application/json"
 
-    def _with_sources(self, tail: bytes) -> bytes:
-        """The last events of a stream, with one before its end that names the documents."""
-        if not self._sources:
-            return tail
+    def with_sources(self, data: bytes) -> bytes:
+        """Events of a stream; the last of them follows one that names the documents."""
+        at = 0 if data.startswith(_DONE) else data.rfind(b"\n" + _DONE) + 1
+        if not self._sources or (at == 0 and not data.startswith(_DONE)):
+            return data
         head = {"id": f"chatcmpl-{self._call.request}", "object": "chat.completion.chunk", "created": 0}
         event = b"data: %b\n\n" % _encode(
             {**head, "model": self._call.model, "choices": [], "sources": list(self._sources)}
         )
-        at = tail.rfind(_DONE)
-        return tail + event if at < 0 else tail[:at] + event + tail[at:]
+        return data[:at] + event + data[at:]
 
     def failed(self) -> None:
         """The request has failed: what its client is told is what the stage that failed was told."""
         outer = self._call
+        if outer.error is not None:  # a function failed, or a stage could not be sent
+            return
         for call in self._calls.values():
-            outer.begun = outer.begun or call.begun
             if call.error is not None:
                 outer.error = call.error
             if call.verdict is not None and not outer.begun:
                 outer.verdict, outer.reply_type = call.verdict, call.reply_type
+
+
+class _Streamed(_Nobody):
+    """The answer of the stage that answers, on its way to the client. How it ends is the service's business."""
+
+    def __init__(self, run: PipelineRun, outer: Call) -> None:
+        self._run = run
+        self._outer = outer
+
+    def begin(self, content_type: bytes) -> None:
+        self._outer.begun = True
+        self._outer.answer.begin(content_type)
+
+    def piece(self, data: bytes) -> None:
+        self._outer.answer.piece(self._run.with_sources(data))
 
 
 class _Through:

@@ -146,7 +146,14 @@ def test_two_processes_send_the_same_requests(done: LiveResult) -> None:
         (("cluster.faults=[{at_s: 1, device: 0}]",), "faults: are for simulations"),
         (("driver.processes=0",), "driver.processes"),
         (("driver.tokenizer=nowhere.json",), "nowhere.json"),
-        (("cluster.devices=[{node: cpu, operator: {pool: tool}}]",), "disaggregated and mps are for simulations"),
+        (
+            (
+                "cluster.devices=[{node: h, disaggregated: {prefill: {profile: llama-3.1-8b-h100-tp1}, decode: {profile: llama-3.1-8b-h100-tp1}, "
+                "link: {gb_per_s: 50.0, latency_s: 0.00001}}}]",
+            ),
+            "disaggregated and mps are for simulations",
+        ),
+        (("cluster.devices=[{node: cpu, operator: {pool: tool}}]",), "serves; they serve none"),
         (("driver.stream=perhaps",), "driver.stream"),
         (
             ("driver.engines=[127.0.0.1:1,http://127.0.0.1:2]",),
