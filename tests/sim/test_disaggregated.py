@@ -146,7 +146,13 @@ def test_every_task_ends_once_and_engines_agree(seed: int, asynchronous: bool) -
     shape = (rng.randint(1, 2), rng.randint(1, 2))
     devices = [
         DisaggregatedDevice(
-            2, "n", [llm] * shape[0], [llm] * shape[1], LINK, lambda request, stage: 1 + request % 17, reference=reference
+            2,
+            "n",
+            [llm] * shape[0],
+            [llm] * shape[1],
+            LINK,
+            lambda request, stage: 1 + request % 17,
+            reference=reference,
         )
         for reference in (False, True)
     ]
