@@ -44,7 +44,7 @@ def command(
             help="An index (`sage index build`); default: NAME below indexes/ in the user's data.",
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of each generating stage.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer.")] = 256,
     record: Annotated[Path | None, typer.Option(help="A folder for log and rows, with --engine.")] = None,
 ) -> None:
     """Ask a pipeline once: its answer on standard output, the documents it comes from below it."""
@@ -55,8 +55,15 @@ def command(
         if index or record is not None:
             raise ConfigError(f"{'--index' if index else '--record'}: is for --engine; a gateway has its own")
         name = load_pipeline(pipeline).pipeline.name if pipeline in shipped() or Path(pipeline).suffix else pipeline
-        with UnifiedInferenceClient.create(url) as client:
-            _answer(client, name, question, max_tokens)
+        try:
+            with UnifiedInferenceClient.create(url) as client:
+                _answer(client, name, question, max_tokens)
+        except EngineError as error:
+            if "cannot connect" not in str(error):
+                raise
+            raise EngineError(
+                f"{error}; start a gateway (`sage gateway start --pipeline {pipeline} ...`), or name engines with --engine"
+            ) from error
         return
     declared = load_pipeline(pipeline)
     chosen = (

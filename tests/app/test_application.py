@@ -116,3 +116,9 @@ def test_a_refused_start_of_the_gateway_leaves_no_record(sage: Sage, engines: li
     done = sage("gateway", "start", "--pipeline", "rag", *pools, *engines, "--port", "0", "--record", record)
     assert done.code == 2 and "needs index 'docs'" in done.err, done.err
     assert not record.exists()
+
+
+def test_without_a_gateway_it_says_what_else_there_is(sage: Sage) -> None:
+    done = sage("app", "rag", "--ask", "hi", "--url", "http://127.0.0.1:9/v1")
+    assert done.returncode == 10
+    assert "cannot connect" in done.stderr and "--pipeline rag" in done.stderr and "--engine" in done.stderr
