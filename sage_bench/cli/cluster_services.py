@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
@@ -259,22 +260,24 @@ def _up_on_ray(
     from sage_live.jobs.ray_controller import RayCluster
 
     ray = connect(address)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray set one of its own
     check_nodes(ray, cluster.nodes)
+    # A KeyboardInterrupt within Ray may be lost, or come between two lines here: Ctrl-C is noted, and seen below.
+    interrupted = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: signal.default_int_handler(*_) if interrupted.is_set() else interrupted.set())
     started = RayCluster.up(ray, name, cluster, options, Watching(), launch_of, gateway=wish)
     teller = _Teller()
-    try:
-        while True:
-            told = started.status()
-            if teller.tell(told):
-                started.down()
-                teller.end(name)
-            if told.healthy:
-                break
-            time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        started.down()
-        raise
+    while True:
+        told = started.status()
+        if interrupted.is_set():
+            started.down()
+            raise KeyboardInterrupt
+        if teller.tell(told):
+            started.down()
+            teller.end(name)
+        if told.healthy:
+            break
+        time.sleep(POLL_S)
     if told.gateway is not None:
         print(f"gateway: {told.gateway}/v1", flush=True)
 

@@ -141,7 +141,7 @@ class RayCluster:
         try:
             why = ray.get(actor.up.remote(gateway, follow))
         except BaseException:
-            ray.kill(actor)
+            cls(ray, actor).down()
             raise
         if why:
             ray.kill(actor)
@@ -158,9 +158,11 @@ class RayCluster:
 
     def down(self) -> None:
         """Returns when nothing runs any more."""
-        with suppress(self._ray.exceptions.RayActorError):
-            self._ray.get(self._actor.down.remote())
-        self._ray.kill(self._actor)
+        try:
+            with suppress(self._ray.exceptions.RayActorError):
+                self._ray.get(self._actor.down.remote())
+        finally:
+            self._ray.kill(self._actor)
 
 
 def _actor_name(cluster: str) -> str:

@@ -55,7 +55,7 @@ WRONG_VALUES = [
     ("load._target_=builtins.dict", "load._target_: dict has no arrivals()"),
     ("load.arrivals._target_=sage_bench.loads.Poison", "sage_bench.loads has no 'Poison'"),
     ("policy=null", "Config group override must be a string"),
-    ("policy=user", "Missing mandatory value: _target_"),
+    ("policy=user", "policy._target_: expected a value"),
     # wrong types and values
     ("seed=abc", "config: seed: expected `int`, got 'abc'"),
     ("policy.laxity=maybe", "policy: HybridOrder: a parameter has the wrong type.*laxity='maybe'"),

@@ -113,8 +113,22 @@ def pid_at(port: int) -> int:
     raise AssertionError(f"nobody of ours listens on {port}")
 
 
+# The other tests of clusters take the same ports.
+pytestmark = pytest.mark.xdist_group("cluster")
+
+_before: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    """What earlier tests of this process left running (a pool of workers) is none of ours."""
+    _before.clear()
+    _before.update(ours())
+
+
 def ours() -> list[int]:
-    return [each.pid for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+    children = psutil.Process().children(recursive=True)
+    return [each.pid for each in children if each.pid not in _before and each.status() != psutil.STATUS_ZOMBIE]
 
 
 @asynccontextmanager

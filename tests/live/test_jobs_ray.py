@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gateway_harness as h
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'sage-serving[ray]'")
-# Two clusters on one machine would take each other's ports.
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("ray")]
+# Clusters on one machine would take each other's ports.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("cluster")]
 
 MIB = 1024 * 1024
 RAYLET: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 80 * MIB}
