@@ -165,20 +165,28 @@ def loadgen(of: dict[str, Any]) -> list[str]:
 
 
 def live(of: dict[str, Any]) -> list[str]:
-    """Simulation against live code on emulated engines."""
-    errors = of["fidelity"]
-    chat = {key: value["mean_pct"] for key, value in errors.items() if "_chat_" in key}
-    worst = max(chat, key=lambda key: abs(chat[key]))
-    ranked = of["ranking"]
-    taus = ", ".join(
-        f"{name.replace('_', ' ')} {value['kendall_tau']:+.2f}"
-        for name, value in ranked.items()
-        if isinstance(value, dict)
-    )
+    """Simulation against live code on emulated engines: what of it was measured."""
+    told = []
+    if "fidelity" in of:
+        chat = {key: value["mean_pct"] for key, value in of["fidelity"].items() if "_chat_" in key}
+        worst = max(chat, key=lambda key: abs(chat[key]))
+        told.append(
+            f"mean TTFT, TPOT and E2E of chat at three loads within {abs(chat[worst]):.1f} % ({worst.replace('_', ' ')})"
+        )
+    if "ranking" in of:
+        ranked = of["ranking"]
+        taus = ", ".join(
+            f"{name.replace('_', ' ')} {value['kendall_tau']:+.2f}"
+            for name, value in ranked.items()
+            if isinstance(value, dict)
+        )
+        told.append(
+            f"order of {len(ranked['policies'])} policies on a mixed load at high utilisation, Kendall's tau between live and "
+            f"simulated: {taus}"
+        )
+    load = of["load_average_before"]
     return [
-        f"Live against simulated, on emulated engines (`make bench-live`, load average {of['load_average_before']:.1f}): mean "
-        f"TTFT, TPOT and E2E of chat at three loads within {abs(chat[worst]):.1f} % ({worst.replace('_', ' ')}). Order of "
-        f"{len(ranked['policies'])} policies on a mixed load at high utilisation, Kendall's tau between live and simulated: {taus}.",
+        f"Live against simulated, on emulated engines (`make bench-live`, load average {load:.1f}): {'; '.join(told)}."
     ]
 
 
