@@ -6,6 +6,7 @@ LLM task is a request of its own, because the engine batches those itself, itera
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -328,7 +329,7 @@ class HttpEngine:
         self.post(e.TaskFailed(task, f"connection: {error.reason.value}", True))
 
 
-class _Flight:
+class _Flight(ABC):
     """An exchange with the engine; the sink of its answer."""
 
     __slots__ = ("content_type", "engine", "exchange", "paused", "pieces", "since", "status")
@@ -359,9 +360,9 @@ class _Flight:
         if self.exchange is not None:
             self.exchange.abort()
 
+    @abstractmethod
     def call_of(self, task: int) -> Call:
         """What was sent for it."""
-        raise NotImplementedError
 
     def forget(self, task: int) -> None:
         """This task's answer is not wanted."""

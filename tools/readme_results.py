@@ -196,13 +196,14 @@ def real(of: dict[str, Any]) -> list[str]:
     for found in of.values():
         errors = {key: value for key, value in found.items() if isinstance(value, dict)}
         told = "; ".join(
-            f"{key.replace('_', ' ')} {value['mean_pct']:+.1f} ({abs(value['noise_pct']):.1f})"
+            f"{key.replace('_', ' ')} {value['mean_pct']:+.1f} ({abs(value['noise_pct']):.1f}, {value['requests']} requests)"
             for key, value in errors.items()
         )
         lines.append(
             f"{found['engine']}, calibrated with {found['calibration_requests']} requests (`make bench-real`, load average "
             f"{found['load_average_before']:.1f}): mean error in % of simulated against live, in brackets how far "
-            f"live runs of one load were apart: {told}. Where the second is larger, the first says nothing."
+            f"live runs of one load were apart, and of how many requests: {told}. Where the second is larger, or the requests are "
+            f"few, the first says nothing."
         )
     return ["\n\n".join(lines)]
 
