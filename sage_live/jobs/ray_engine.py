@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from sage_core.errors import EngineError
@@ -40,6 +41,7 @@ class EngineActor:
     """Lives on a node. Its methods run in the actor's own event loop."""
 
     def __init__(self) -> None:
+        self._starting: asyncio.Task[JobProcess] | None = None
         self._process: JobProcess | None = None
         self._raylet: asyncio.Task[None] | None = None
 
@@ -49,10 +51,22 @@ class EngineActor:
         host = ray_module().util.get_node_ip_address()
         try:
             # Any port, not the registry's: raylets of one machine do not know of each other's engines.
-            self._process = await start_process(name, launch, gpus, host, any_port(host), None)
+            work = start_process(name, launch, gpus, host, any_port(host), None)
+            self._starting = asyncio.create_task(work)
+            self._process = await self._starting
         except EngineError as error:
             return "", str(error)
+        except asyncio.CancelledError:
+            return "", f"{name}: ended while it started"
         return self._process.url, ""
+
+    async def give_up(self) -> None:
+        """End what :meth:`start` began; returns when nothing of it runs."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+        if self._process is not None:
+            await self._process.stop()
 
     async def wait(self) -> str:
         """Until the engine ends; how that was."""
@@ -124,7 +138,12 @@ class RayActuator:
         except self._ray.exceptions.RayError as error:
             raise EngineError(f"{name}: its Ray actor: {' '.join(str(error).split())[:300]}") from error
         except asyncio.CancelledError:
-            self._ray.kill(actor)
+            # A killed actor's engine ends a moment after it: whoever waits for this start to end waits for the engine's end.
+            try:
+                with suppress(self._ray.exceptions.RayError, TimeoutError):
+                    await asyncio.wait_for(actor.give_up.remote(), REPLY_S)
+            finally:
+                self._ray.kill(actor)
             raise
         if why:
             self._ray.kill(actor)
