@@ -215,10 +215,23 @@ class RecordConfig(_Strict, frozen=True):
     steps: bool = True
 
 
+class ArmConfig(_Strict, frozen=True):
+    """What a run is in a comparison, where its policy alone does not say it.
+
+    name: in tables and figures; null: the policy. differs_in: the keys (``cluster``, ``load.rate``) beside the policy in
+    which the arms of the experiment are meant to differ, the same list in each; runs that differ in any other are not
+    compared with one another.
+    """
+
+    name: FolderName | None = None
+    differs_in: list[str] = []
+
+
 class RunConfig(_Strict, frozen=True):
     """Everything about one run."""
 
     name: FolderName
+    arm: ArmConfig
     seed: Annotated[int, msgspec.Meta(ge=0)]
     warmup_s: Seconds
     cooldown_s: Seconds
@@ -318,6 +331,7 @@ def _explain(message: str, plain: dict[str, Any]) -> str:
 
 _STRUCTS: Final[dict[str, type]] = {
     TOP: RunConfig,
+    "arm": ArmConfig,
     "record": RecordConfig,
     "driver": SimDriverConfig,
     "driver(live)": LiveDriverConfig,

@@ -182,10 +182,10 @@ def _left_profiles(parts: Parts, usage: Mapping[int, ReplicaUsage], replicas: Se
 
 
 def run_id(parts: Parts, plain: dict[str, Any]) -> str:
-    """``<policy>-s<seed>-<hash>``: the same configuration has the same folder, wherever results go."""
+    """``<arm, else policy>-s<seed>-<hash>``: the same configuration has the same folder, wherever results go."""
     kept = {key: value for key, value in plain.items() if key != "results"}
     digest = hashlib.sha256(msgspec.json.encode(kept, order="deterministic")).hexdigest()
-    return f"{parts.policy.name}-s{parts.config.seed}-{digest[:8]}"
+    return f"{parts.config.arm.name or parts.policy.name}-s{parts.config.seed}-{digest[:8]}"
 
 
 OUTPUTS: Final = ("requests.parquet", "tasks.parquet", "replicas.parquet", "steps.parquet", "manifest.json")

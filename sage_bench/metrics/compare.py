@@ -1,7 +1,7 @@
 """Runs side by side: which of them are arms of one comparison, their means over seeds, and who is better.
 
-Runs of one experiment and source that share ``config_hash`` (everything but seed and policy) form a *condition*; its *arms*
-are policies. A simulation repeated with the same configuration, policy and seed says nothing
+Runs of one experiment and source that share ``config_hash`` (everything but seed and policy, and what their configuration
+says that arms differ in) form a *condition*; its *arms* are policies, or what ``arm.name`` says. A simulation repeated with the same configuration, policy and seed says nothing
 new, so the latest stands for all of them; a live run repeated is another measurement and counts.
 """
 
@@ -40,8 +40,8 @@ _ARM: Final = ["experiment", "condition", "source", "rate", "policy"]
 class Condition:
     """Runs that differ in nothing but policy and seed.
 
-    label: the overrides that tell it from others, "" if none. rate: nominal, requests/s. arms: runs by the policy's label,
-    the baseline first.
+    label: the overrides that tell it from others, "" if none. rate: nominal, requests/s. arms: runs by the arm's name, else
+    the policy's label; the baseline first.
     """
 
     experiment: str
@@ -156,14 +156,19 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _condition(manifest: Manifest) -> str:
     """The overrides that make it, less those that all its runs share or may differ in."""
-    dropped = ("policy=", "policy.", "seed=", "experiment=", "results=")
-    return " ".join(sorted(each for each in manifest.overrides if not each.lstrip("+~").startswith(dropped)))
+    differs_in = manifest.config.get("arm", {}).get("differs_in", ())
+    dropped = ["policy=", "policy.", "seed=", "experiment=", "results=", "arm=", "arm."]
+    dropped += [f"{key}{end}" for key in differs_in for end in "=."]
+    return " ".join(sorted(each for each in manifest.overrides if not each.lstrip("+~").startswith(tuple(dropped))))
 
 
 def _arm_labels(members: Sequence[Run]) -> Callable[[Manifest], str]:
-    """Policy name and overridden parameters; a digest too where that does not tell two policies apart."""
+    """The arm's own name; else policy name and overridden parameters, and a digest where that does not tell two policies
+    apart."""
 
     def label(m: Manifest) -> str:
+        if name := m.config.get("arm", {}).get("name"):
+            return str(name)
         changed = [
             each.lstrip("+~").removeprefix("policy.") for each in m.overrides if each.lstrip("+~").startswith("policy.")
         ]
@@ -185,7 +190,9 @@ def _latest(runs: Runs) -> list[Run]:
     kept: dict[tuple[str, ...], Run] = {}
     for run in runs:
         m = run.manifest
-        same = (m.experiment, m.source, m.config_hash, _policy_hash(m), str(m.seed))
+        # Not config_hash alone: arms of one condition may differ in more than their policy.
+        whole = config_hash({"all": {key: value for key, value in m.config.items() if key != "results"}})
+        same = (m.experiment, m.source, m.config_hash, whole, _policy_hash(m), str(m.seed))
         key = same if m.source == "simulation" else (*same, m.run_id)
         if key not in kept or kept[key].manifest.timing.started_at <= m.timing.started_at:
             kept[key] = run

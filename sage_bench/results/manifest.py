@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
@@ -320,9 +320,26 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = ("seed", "policy", "results")) -> str:
-    """Hex digest of the configuration, keys in order, less the top-level keys ``without`` (``results``: where they go)."""
+    """Hex digest of the configuration, keys in order, less the top-level keys ``without`` (``results``: where they go) and
+    what ``arm`` says that the arms of the experiment differ in."""
     kept = {key: value for key, value in config.items() if key not in without}
+    arm = kept.pop("arm", None) or {}
+    for path in arm.get("differs_in", ()):
+        kept = _without(kept, path.split("."))
+    if arm.get("differs_in"):
+        kept["differs_in"] = sorted(arm["differs_in"])
     return hashlib.sha256(msgspec.json.encode(kept, order="deterministic")).hexdigest()
+
+
+def _without(config: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """A copy less what stands at ``path``."""
+    key, *deeper = path
+    kept = dict(config)
+    if deeper and isinstance(kept.get(key), Mapping):
+        kept[key] = _without(kept[key], deeper)
+    elif not deeper:
+        kept.pop(key, None)
+    return kept
 
 
 def file_fact(path: Path) -> FileFact:

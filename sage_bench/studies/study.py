@@ -1,0 +1,81 @@
+"""What a study is: a question, the experiments that answer it, and the function that reads the answer from their runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from sage_bench.results.reader import Runs, load_runs
+from sage_bench.studies.findings import Findings
+from sage_core.errors import DataError
+
+Size = Literal["full", "quick", "live"]
+"""``full``: what a paper prints. ``quick``: fewer seeds and shorter runs, to see that everything works. ``live``: a reduced
+one on emulated engines in real time."""
+
+FOLDERS: Final[Mapping[Size, str]] = {"full": "", "quick": "quick/", "live": "live/"}
+"""Where the experiments of a size are, below ``conf/experiment``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experiments:
+    """Runs of a study by experiment (its name below ``conf/experiment``); simulated, and live where there are any."""
+
+    simulated: Mapping[str, Runs]
+    live: Mapping[str, Runs]
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """section: of the paper, such as ``5.2``. experiments: names below ``conf/experiment``; each exists in every size that
+    is in ``sizes``. findings: from the runs alone. live: those of the experiments that also have a live size."""
+
+    name: str
+    section: str
+    title: str
+    question: str
+    experiments: tuple[str, ...]
+    findings: Callable[[Experiments], Findings]
+    live: tuple[str, ...] = ()
+
+    def commands(self, size: Size) -> list[tuple[str, ...]]:
+        """Arguments of ``sage run`` that make its runs, one for each experiment."""
+        names = self.live if size == "live" else self.experiments
+        return [(f"experiment={FOLDERS[size]}{name}",) for name in names]
+
+
+def folder_of(experiment: str) -> str:
+    """Name of an experiment's results: ``scalability/load`` becomes ``scalability_load``."""
+    return experiment.replace("/", "_")
+
+
+def experiments_in(results: Path, study: Study) -> Experiments:
+    """Its runs below ``results``. Raises :class:`DataError` where an experiment has none that is simulated."""
+    simulated, live = {}, {}
+    for name in study.experiments:
+        folder = results / folder_of(name)
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such folder; run `sage run experiment={name} results={results}`, or `sage paper`"
+            )
+        runs = load_runs(folder).where(lambda m: m.status == "complete" and not m.invalid)
+        simulated[name] = runs.where(lambda m: m.source == "simulation")
+        live[name] = runs.where(lambda m: m.source != "simulation")
+        if not len(simulated[name]):
+            raise DataError(f"{folder}: holds no complete simulated run; run `sage run experiment={name}` again")
+    return Experiments(simulated, {name: runs for name, runs in live.items() if len(runs)})
+
+
+def evidence(runs: Runs) -> tuple[str, ...]:
+    """Experiments that ``runs`` belong to, as a claim names them."""
+    return tuple(dict.fromkeys(run.manifest.experiment for run in runs))
+
+
+def one_of(studies: Sequence[Study], name: str) -> Study:
+    """The study of that name. Raises :class:`DataError`."""
+    for each in studies:
+        if each.name == name:
+            return each
+    raise DataError(f"no study {name!r}; there are {', '.join(each.name for each in studies)}")
