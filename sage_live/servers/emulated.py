@@ -245,8 +245,11 @@ class EmulatedServer:
         if self._fault(next(self._numbers)):
             return
         as_base64 = body.encoding_format == "base64"
-        vectors = [self._vectors.vector(seed_of(item, None), body.dimensions) for item in inputs]
-        values = [encoded_vector(vector, as_base64) for vector in vectors]
+
+        def values() -> list[bytes]:
+            vectors = (self._vectors.vector(seed_of(item, None), body.dimensions) for item in inputs)
+            return [encoded_vector(vector, as_base64) for vector in vectors]
+
         Embeddings(self._embedding_site, request, sizes, values).submit()
 
     # --- everything else ----------------------------------------------------------------------------------------------

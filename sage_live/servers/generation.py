@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sage_live.errors import bad_request
@@ -159,28 +160,37 @@ class Stream(Generation):
 class Embeddings:
     """An embedding request: one task for each input, answered when the last is done."""
 
-    __slots__ = ("_jobs", "_left", "_request", "_site", "_sizes", "_values")
+    __slots__ = ("_jobs", "_left", "_make_values", "_request", "_site", "_sizes", "_values")
 
-    def __init__(self, site: Site, request: Request, sizes: Sequence[int], values: list[bytes]) -> None:
-        """``sizes``: tokens of each input. ``values``: its vector as JSON."""
+    def __init__(
+        self, site: Site, request: Request, sizes: Sequence[int], make_values: Callable[[], list[bytes]]
+    ) -> None:
+        """``sizes``: tokens of each input. ``make_values``: gives the vector of each as JSON."""
         self._site = site
         self._request = request
         self._sizes = sizes
-        self._values = values
+        self._make_values = make_values
+        self._values: list[bytes] = []
         self._left = len(sizes)
         self._jobs = [_Text(self) for _ in sizes]
         request.on_disconnect = self._disconnected
 
     def submit(self) -> None:
-        """To the engine."""
+        """To the engine. The vectors are made while the model takes its time, which is the whole time that is meant."""
         for job, size in zip(self._jobs, self._sizes, strict=True):
             self._site.engine.embed(job, size)
+        asyncio.get_running_loop().call_soon(self._prepare)
+
+    def _prepare(self) -> None:
+        if not self._values:
+            self._values = self._make_values()
 
     def done(self) -> None:
         """One more input is."""
         self._left -= 1
         if self._left:
             return
+        self._prepare()
         tokens = sum(self._sizes)
         self._site.statistics.prompt_tokens += tokens
         self._site.statistics.embedded += len(self._sizes)
