@@ -218,7 +218,7 @@ def _simulated(config: RunConfig) -> SimDriverConfig:
 def make_policy(config: RunConfig) -> Policy:
     """A fresh policy object as configured."""
     node = dict(config.policy)
-    if node.get("_target_") == "sage_policies.presets.separate" and not node.get("shared_devices"):
+    if "shared_devices" in node and not node["shared_devices"]:  # for policies that tell them from the others
         node["shared_devices"] = shared_devices(config)
     count = sum(group.count for group in config.cluster.devices)
     if any(type(device) is int and not 0 <= device < count for device in node.get("shared_devices") or ()):

@@ -55,7 +55,7 @@ class Capacity:
         self.group_types = tuple(gpu.type for _, gpu in groups)
         counts = [gpu.count for _, gpu in groups]
         self.group: Ints = np.repeat(np.arange(len(groups)), counts)
-        self.gpu_memory: Ints = np.repeat(_whole([gpu.memory_gib for _, gpu in groups], MIB_PER_GIB), counts)
+        self.gpu_memory: Ints = np.repeat(np.array([_of_gpu(gpu.memory_gib) for _, gpu in groups], np.int64), counts)
         # The GPUs of node i are gpu_start[i] up to, without, gpu_start[i + 1].
         owners = self.group_node[self.group]
         self.gpu_start: Ints = np.searchsorted(owners, np.arange(len(self.nodes) + 1))
@@ -141,7 +141,7 @@ class Capacity:
     def _usable(self, needs: Needs) -> Mask:
         """Which GPUs one of ``needs.gpus`` could be."""
         if needs.gpu_memory_gib:
-            usable: Mask = self.gpu_free >= _amount(needs.gpu_memory_gib, MIB_PER_GIB)
+            usable: Mask = self.gpu_free >= _of_gpu(needs.gpu_memory_gib)
         else:
             usable = self.gpu_free == self.gpu_memory
         kind = needs.gpu_type
@@ -159,7 +159,7 @@ class Capacity:
         self.cpus_free[node] -= sign * _amount(needs.cpus, MILLI)
         self.memory_free[node] -= sign * _amount(needs.memory_gib, MIB_PER_GIB)
         if gpus.size:
-            each = _amount(needs.gpu_memory_gib, MIB_PER_GIB) if needs.gpu_memory_gib else self.gpu_memory[gpus]
+            each = _of_gpu(needs.gpu_memory_gib) if needs.gpu_memory_gib else self.gpu_memory[gpus]
             self.gpu_free[gpus] -= sign * each
             self.gpu_total_free[node] -= sign * int(np.sum(np.broadcast_to(each, gpus.shape)))
         self.replicas[node] += sign
@@ -182,6 +182,11 @@ def _sums(owners: Ints, amounts: Ints, count: int) -> Ints:
 
 def _whole(amounts: list[float], unit: int) -> Ints:
     return np.array([_amount(each, unit) for each in amounts], np.int64)
+
+
+def _of_gpu(gib: float) -> int:
+    """MiB, and no less than one: who has a GPU to itself is told from the others by what they take."""
+    return max(_amount(gib, MIB_PER_GIB), 1)
 
 
 def _amount(amount: float, unit: int) -> int:

@@ -40,7 +40,11 @@ class RequestCancelled(Event, frozen=True):
 
 
 class TokensProduced(Event, frozen=True):
-    """``count`` more output tokens of ``task`` exist; the first such event marks TTFT."""
+    """``count`` more output tokens of ``task`` exist; the first such event marks TTFT.
+
+    A count of 0 says no more than that its prompt has been read, or should have been: of an answer that comes as a whole
+    nobody sees the first token.
+    """
 
     task: int
     count: int

@@ -79,6 +79,10 @@ class NativePlane:
         """Tasks waiting in the plane."""
         return self.native.tasks_queued
 
+    def queue_depths(self) -> dict[str, int]:
+        """The same by pool, of every pool that there has been."""
+        return self.native.queue_depths()
+
     @property
     def counts(self) -> Counts:
         """How many requests arrived, and how they ended."""
@@ -108,8 +112,8 @@ class _Maker:
         if make is None:
             raise unknown_policy(name, self._policies)
         policy = self.policy = make()
-        parts = (policy.order, policy.route, policy.limit, policy.predict)
-        return (policy.name, policy.admit, *(native_twin(part) for part in parts))
+        parts = (policy.admit, policy.order, policy.route, policy.limit, policy.predict)
+        return (policy.name, *(native_twin(part) for part in parts))
 
 
 Plane: TypeAlias = ControlPlane | NativePlane

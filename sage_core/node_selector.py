@@ -86,7 +86,12 @@ class NodeSelector:
             case "spread":
                 return f"{capacity.replicas_of(job.name).get(node, 0)} replicas of the job there, and the least used"
             case "cost":
-                return f"adds {_added(capacity, node):.4g} USD/h" if first else "adds no price: in use already"
+                if not first:
+                    return "adds no price: in use already"
+                added = _added(capacity, node)
+                return (
+                    f"adds {added:.4g} USD/h" if np.isfinite(added) else "no other has room, and its price is not known"
+                )
             case "cpu_offload":
                 if job.service == "embedding":
                     return "its CPUs will do, GPUs stay free" if not needs.gpus else "no node has CPUs for it"

@@ -186,6 +186,10 @@ class ControlPlane:
         """Tasks waiting in the plane."""
         return int(self._mechanism.queued())
 
+    def queue_depths(self) -> dict[str, int]:
+        """The same by pool, of every pool that there has been."""
+        return {name: self._mechanism.queued_in(pool) for name, pool in self._pools.items()}
+
     def close(self, now: Nanos, reason: str) -> list[AnyCommand]:
         """The step of ``RunEnded(reason)``, then :meth:`check`. Every arrived request has ended (invariant 1)."""
         commands = self.step(now, (e.RunEnded(reason),))
@@ -383,7 +387,9 @@ class ControlPlane:
             return
         if held.state is TaskState.DISPATCHED:
             self._mechanism.started(event.task)
-        held.state = advance(TASK, held.state, e.TokensProduced, "task", event.task)
+        state = advance(TASK, held.state, e.TokensProduced, "task", event.task)
+        if event.count:
+            held.state = state
 
     def _on_finished(self, now: Nanos, event: e.TaskFinished, commands: list[AnyCommand]) -> None:
         held = self._known(event.task)

@@ -514,6 +514,10 @@ class Mechanism:
         """Tasks queued in all pools."""
         return sum(len(pool.queue) for pool in self._pools)
 
+    def queued_in(self, pool: int) -> int:
+        """Tasks queued in that one."""
+        return len(self._pools[pool].queue)
+
     def in_flight(self) -> int:
         """Tasks on replicas."""
         return len(self._in_flight)

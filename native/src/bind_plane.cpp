@@ -92,7 +92,9 @@ Policy policy_of(const py::object& parts) {
   Policy policy;
   policy.name = py::cast<std::string>(parts[py::int_(0)]);
   const py::object admit = parts[py::int_(1)], predict = parts[py::int_(5)];
-  if (!admit.is_none()) policy.admit = std::make_shared<PythonAdmit>(admit);
+  if (!admit.is_none())
+    policy.admit =
+        py::isinstance<Admit>(admit) ? py::cast<std::shared_ptr<Admit>>(admit) : std::make_shared<PythonAdmit>(admit);
   policy.order = order_of(parts[py::int_(2)]);
   policy.route = route_of(parts[py::int_(3)]);
   policy.limit = limit_of(parts[py::int_(4)]);
@@ -167,6 +169,7 @@ void register_plane(py::module_& m) {
       .def_property_readonly("wakeup_at", &Plane::wakeup_at)
       .def_property_readonly("live", &Plane::live)
       .def_property_readonly("tasks_queued", &Plane::tasks_queued)
+      .def("queue_depths", &Plane::queue_depths)
       .def_property_readonly("counts", [](const Plane& plane) {
         const Counts& c = plane.counts();
         return py::make_tuple(c.arrived, c.responded, c.rejected, c.cancelled, c.failed, c.retries, c.decisions);

@@ -6,6 +6,7 @@ namespace py = pybind11;
 void register_mechanism(py::module_& m);
 void register_policies(py::module_& m);
 namespace sage {
+void register_baselines(py::module_& m);
 void register_iteration(py::module_& m);
 void register_engine(py::module_& m);
 void register_predict(py::module_& m);
@@ -22,6 +23,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("build") = SAGE_NATIVE_BUILD;
   register_mechanism(m);
   register_policies(m);
+  sage::register_baselines(m);
   sage::register_iteration(m);
   sage::register_engine(m);
   sage::register_predict(m);

@@ -290,7 +290,7 @@ void Plane::tokens(const TokensProduced& event) {
   if (!held) return;
   if (held->state == TaskState::kDispatched) mechanism_.started(event.task);
   only_from_flight(event.task, held->state, "TokensProduced");
-  held->state = TaskState::kStreaming;
+  if (event.count) held->state = TaskState::kStreaming;  // 0: its prompt has been read, and nobody saw a token
 }
 
 void Plane::finished(const TaskFinished& event, std::vector<Command>& commands) {
@@ -350,6 +350,12 @@ void Plane::again_or_fail(std::int64_t task, TaskState before, const std::string
 
 void Plane::forget(Request& request, std::int64_t task) {
   request.tasks.erase(std::find(request.tasks.begin(), request.tasks.end(), task));
+}
+
+std::map<std::string, std::size_t> Plane::queue_depths() const {
+  std::map<std::string, std::size_t> depths;
+  for (const auto& [name, pool] : pools_) depths[name] = mechanism_.pool(pool).row_of.size();
+  return depths;
 }
 
 // --- replicas and policy ---------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ struct HybridOrderConfig {
   std::int64_t starvation_ns, starvation_bypass;
   double fairness_weight;  // 0: fairness off
   std::int64_t fairness_cap_ns;
+  double work_weight;  // 0: shortest off
 };
 
 class HybridOrder : public sage::Order {
@@ -114,7 +115,9 @@ class HybridOrder : public sage::Order {
     const TaskTable& t = pool.tasks;
     const auto [start_by, late_after] = latest_start(t, i, pool.speed);
     const std::int64_t offset = whole(real(t.priority[i]) * real(c_.priority_spacing_ns));
-    out.a = (c_.laxity ? start_by : t.arrived_at[i]) + offset;
+    const double work_tokens = real(t.input_tokens[i]) + 2.0 * real(t.output_tokens[i]);
+    const std::int64_t cost = whole(c_.work_weight * pool.speed.input_token_ns * work_tokens);
+    out.a = (c_.laxity ? start_by : t.arrived_at[i]) + offset + cost;
     out.b = c_.demotion ? late_after : kNever;
     out.c = kTierNs + t.arrived_at[i] + offset;
   }
@@ -224,11 +227,11 @@ class PredictedFinish : public sage::Route {
     const std::size_t replicas = s.size();
     for (std::size_t r = 0; r < replicas; ++r) {
       const double in_flight = real(s.in_flight[r]);  // whole numbers below 2^53: adding 1.0 is exact
-      const double token_ns = s.output_token_ns[r] + s.output_seq_ns[r] * (in_flight + 1.0);
-      const double prefill_ns = s.fixed_ns[r] + s.input_token_ns[r] * real(s.prefill_tokens[r] + input);
-      const double work = prefill_ns + output * token_ns;
+      const double others =
+          s.input_token_ns[r] * real(s.prefill_tokens[r]) + output * (s.output_seq_ns[r] * (in_flight + 1.0));
+      const double own = (s.fixed_ns[r] + s.input_token_ns[r] * real(input)) + output * s.output_token_ns[r];
       const double share = s.device_in_flight[r] > s.in_flight[r] ? shared : 1.0;
-      out[r] = (work * s.slowdown[r]) * share + in_flight;
+      out[r] = (others * s.slowdown[r] + own) * share + in_flight;
     }
   }
 
@@ -285,6 +288,7 @@ struct HybridLimitConfig {
   double reserve, prefill_depth, kv_fill;
   bool embedding_batches;
   std::int64_t window_ns, margin_ns, starvation_ns;
+  std::int64_t tpot_ns;  // 0: no limit by it
 };
 
 class HybridLimit : public sage::Limit {
@@ -297,10 +301,13 @@ class HybridLimit : public sage::Limit {
     if (pool.kind == PoolKind::kLlm && c_.in_flight_limits) {
       const bool starving = now - pool.oldest_queued_at() > c_.starvation_ns;
       out.equal = pool.equal_room;
-      for (std::size_t r = 0; r < (out.equal ? 1 : s.size()); ++r)
-        set(out, r, s.tasks_max[r], starving ? s.tasks_max[r] : share_of(s.tasks_max[r], 1.0 - c_.reserve),
+      for (std::size_t r = 0; out.equal && r < s.size(); ++r) out.equal = fits(s, r);
+      for (std::size_t r = 0; r < (out.equal ? 1 : s.size()); ++r) {
+        const std::int64_t tasks = fits(s, r) ? s.tasks_max[r] : tasks_within_tpot(s, r);
+        set(out, r, tasks, starving ? tasks : share_of(tasks, 1.0 - c_.reserve),
             s.batch_tokens_max[r] > 0 ? share_of(s.batch_tokens_max[r], c_.prefill_depth) : kNever,
             s.kv_tokens_max[r] > 0 ? share_of(s.kv_tokens_max[r], c_.kv_fill) : kNever, 0);
+      }
     } else if (pool.kind == PoolKind::kEmbedding && c_.embedding_batches) {
       const std::int64_t earliest_due_at = pool.earliest_due_at();  // looks at every queued task
       for (std::size_t r = 0; r < s.size(); ++r) {
@@ -315,6 +322,17 @@ class HybridLimit : public sage::Limit {
   }
 
  private:
+  // Whether the replica full to its own maximum still keeps the time per output token, or nothing is known of it.
+  bool fits(const ReplicaTable& s, std::size_t r) const {
+    if (c_.tpot_ns == 0 || s.output_seq_ns[r] <= 0.0) return true;
+    return (s.output_token_ns[r] + s.output_seq_ns[r] * real(s.tasks_max[r])) * s.slowdown[r] <= real(c_.tpot_ns);
+  }
+
+  std::int64_t tasks_within_tpot(const ReplicaTable& s, std::size_t r) const {
+    const double tasks = std::floor((real(c_.tpot_ns) / s.slowdown[r] - s.output_token_ns[r]) / s.output_seq_ns[r]);
+    return static_cast<std::int64_t>(std::min(std::max(tasks, 1.0), real(s.tasks_max[r])));
+  }
+
   std::int64_t opens_at(std::int64_t now, const Pool& pool, std::size_t r, std::int64_t earliest_due_at) const {
     const ReplicaTable& s = pool.serving;
     const std::int64_t tokens_max = s.batch_tokens_max[r] > 0 ? s.batch_tokens_max[r] : kNever;
@@ -386,14 +404,15 @@ void register_policies(py::module_& m) {
   PartClass<HybridOrder, sage::Order>(m, "HybridOrder", "Twin of sage_policies.hybrid.HybridOrder.")
       .def(py::init([](bool laxity, std::array<std::int64_t, 3> budget_ns, std::int64_t priority_spacing_ns,
                        bool demotion, double late_margin, bool starvation, std::int64_t starvation_ns,
-                       std::int64_t starvation_bypass, double fairness_weight, std::int64_t fairness_cap_ns) {
+                       std::int64_t starvation_bypass, double fairness_weight, std::int64_t fairness_cap_ns,
+                       double work_weight) {
              return std::make_shared<HybridOrder>(
                  HybridOrderConfig{laxity, budget_ns, priority_spacing_ns, demotion, late_margin, starvation,
-                                   starvation_ns, starvation_bypass, fairness_weight, fairness_cap_ns});
+                                   starvation_ns, starvation_bypass, fairness_weight, fairness_cap_ns, work_weight});
            }),
            py::kw_only(), py::arg("laxity"), py::arg("budget_ns"), py::arg("priority_spacing_ns"), py::arg("demotion"),
            py::arg("late_margin"), py::arg("starvation"), py::arg("starvation_ns"), py::arg("starvation_bypass"),
-           py::arg("fairness_weight"), py::arg("fairness_cap_ns"));
+           py::arg("fairness_weight"), py::arg("fairness_cap_ns"), py::arg("work_weight") = 0.0);
 
   PartClass<RoundRobin, sage::Route>(m, "RoundRobin", "Twin of sage_policies.route.RoundRobin.").def(py::init<>());
   PartClass<LeastInFlight, sage::Route>(m, "LeastInFlight", "Twin of sage_policies.route.LeastInFlight.")
@@ -412,13 +431,14 @@ void register_policies(py::module_& m) {
   PartClass<HybridLimit, sage::Limit>(m, "HybridLimit", "Twin of sage_policies.hybrid.HybridLimit.")
       .def(py::init([](bool in_flight_limits, double reserve, double prefill_depth, double kv_fill,
                        bool embedding_batches, std::int64_t window_ns, std::int64_t margin_ns,
-                       std::int64_t starvation_ns) {
+                       std::int64_t starvation_ns, std::int64_t tpot_ns) {
              return std::make_shared<HybridLimit>(HybridLimitConfig{in_flight_limits, reserve, prefill_depth, kv_fill,
                                                                     embedding_batches, window_ns, margin_ns,
-                                                                    starvation_ns});
+                                                                    starvation_ns, tpot_ns});
            }),
            py::kw_only(), py::arg("in_flight_limits"), py::arg("reserve"), py::arg("prefill_depth"), py::arg("kv_fill"),
-           py::arg("embedding_batches"), py::arg("window_ns"), py::arg("margin_ns"), py::arg("starvation_ns"));
+           py::arg("embedding_batches"), py::arg("window_ns"), py::arg("margin_ns"), py::arg("starvation_ns"),
+           py::arg("tpot_ns") = 0);
 
   m.def("order_scores", &order_scores, py::arg("order"), py::arg("now"), py::arg("mechanism"), py::arg("pool"),
         "(tasks, scores) of the whole queue of a pool, in no particular order.");

@@ -223,7 +223,7 @@ struct Recorder::State {
     Flight* flight = flights.find(event.task);
     if (!flight) return;
     flight->output_tokens += event.count;
-    if (!flight->first_token_ns) first_token(now, *flight);
+    if (event.count && !flight->first_token_ns) first_token(now, *flight);
   }
 
   void on(std::int64_t now, const TaskFinished& event) {

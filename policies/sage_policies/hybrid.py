@@ -1,8 +1,8 @@
-"""The hybrid policy's own order and limit: laxity with demotion, fairness and anti-starvation; room for urgent work.
+"""The hybrid policy's own order and limit: laxity and shortness, demotion, fairness, anti-starvation; room in engines.
 
-The idea: serve the work whose objective is nearest to being missed, not work that has missed it already; never let a
-tenant or an old task be forgotten; and keep the queue in the plane, where it can still be reordered, by giving engines
-no more than keeps them busy. ``docs/hybrid.md`` states both parts one task at a time; a test runs that text against
+The idea: serve the work whose objective is nearest to being missed, of equals the cheapest, and not work that has missed
+it already; never let a tenant or an old task be forgotten; and keep the queue in the plane, where it can still be
+reordered, by giving engines no more than keeps them busy and their tokens on time. ``docs/hybrid.md`` states both parts one task at a time; a test runs that text against
 this file.
 
 Rules kept here. A score is a whole number of nanoseconds below 2**53, so it is exact, and two tasks on time keep their
@@ -34,9 +34,10 @@ SPAN_NS_MAX: Final = 2**48
 
 @dataclass(frozen=True, slots=True)
 class HybridOrder:
-    """Class-aware least laxity.
+    """Class-aware least laxity that prefers short work.
 
-    laxity: order by slack to the nearest objective; off, by arrival. budget_ns: soft response time per kind (chat,
+    laxity: order by slack to the nearest objective; off, by arrival. shortest, work_weight: laxity given per unit of work,
+    which is a task's tokens at prefill cost, a predicted output token counting twice. budget_ns: soft response time per kind (chat,
     generate, embedding) for tasks without an objective. classes, priority_spacing_ns: laxity a task is given per
     priority level. demotion, late_margin: tasks whose objective is out of reach go behind all others; the margin is the
     fraction of the time allowed (arrival to due) that is kept for waiting inside engines. starvation, starvation_ns,
@@ -46,20 +47,23 @@ class HybridOrder:
     """
 
     laxity: bool = True
+    shortest: bool = True
+    work_weight: float = 5.0
     budget_ns: tuple[int, int, int] = (60 * SECOND, 60 * SECOND, 60 * SECOND)
     classes: bool = True
     priority_spacing_ns: int = 5 * SECOND
     demotion: bool = True
-    late_margin: float = 0.25
+    late_margin: float = 0.2
     starvation: bool = True
     starvation_ns: int = 30 * SECOND
-    starvation_bypass: int = 8
+    starvation_bypass: int = 32
     fairness: bool = True
     fairness_weight: float = 1.0
-    fairness_cap_ns: int = 5 * SECOND
+    fairness_cap_ns: int = SECOND // 2
     static = False
 
     def __post_init__(self) -> None:
+        require("work_weight", self.work_weight, 0.0, 1e6)
         require("priority_spacing_ns", self.priority_spacing_ns, 0, SPAN_NS_MAX)
         require("late_margin", self.late_margin, 0.0, 1.0)
         require("starvation_ns", self.starvation_ns, 0)
@@ -76,7 +80,8 @@ class HybridOrder:
         start_by, late_after = self._latest_start(queued)
         offset = _whole(queued.priority.astype(np.float64) * (float(self.priority_spacing_ns) if self.classes else 0.0))
         late = (now > late_after) & self.demotion
-        on_time = ((start_by if self.laxity else queued.arrived_at) - now) + offset + self._overserved(queued)
+        slack = (start_by if self.laxity else queued.arrived_at) - now
+        on_time = slack + offset + self._cost(queued) + self._overserved(queued)
         score = np.where(late, TIER_NS + (queued.arrived_at - now) + offset, on_time)
         score[self._starving(now, queued)] = -TIER_NS
         return score.astype(np.float64)
@@ -96,6 +101,11 @@ class HybridOrder:
             late_after = np.where(due_at < NEVER, np.minimum(late_after, latest - margin), late_after)
         soft_due_at = queued.arrived_at + np.array(self.budget_ns, dtype=np.int64)[queued.kind]
         return np.where(start_by < NEVER, start_by, np.minimum(soft_due_at, INSTANT_NS_MAX) - work), late_after
+
+    def _cost(self, queued: TaskView) -> Column:
+        """Laxity given for work. Without it an overload is spent on long tasks, each at the price of several short ones."""
+        weight = self.work_weight * queued.speed.input_token_ns if self.shortest else 0.0
+        return _whole(weight * (queued.input_tokens.astype(np.float64) + 2.0 * queued.output_tokens.astype(np.float64)))
 
     def _overserved(self, queued: TaskView) -> Column:
         """Laxity given to tenants served beyond the least-served tenant queued."""
@@ -123,6 +133,7 @@ class HybridOrder:
             starvation_bypass=self.starvation_bypass,
             fairness_weight=self.fairness_weight if self.fairness else 0.0,
             fairness_cap_ns=self.fairness_cap_ns,
+            work_weight=self.work_weight if self.shortest else 0.0,
         )
 
 
@@ -130,7 +141,8 @@ class HybridOrder:
 class HybridLimit:
     """Engines get what keeps them busy and no more.
 
-    LLM pools (``in_flight_limits``): a fraction ``reserve`` of the slots is kept for priority 0, unless the oldest task
+    LLM pools (``in_flight_limits``): with ``tpot_limit`` no more tasks than are predicted to keep the time per output token
+    within ``tpot_ns`` (0: there is no such objective); a fraction ``reserve`` of the slots is kept for priority 0, unless the oldest task
     has waited longer than ``starvation_ns`` (or promoting it would be in vain: every slot that urgent work leaves is the
     reserve's); at most ``prefill_depth`` token budgets of prompts (and what is left of the last one) are in the engine;
     and predicted KV use stays below ``kv_fill``.
@@ -140,8 +152,10 @@ class HybridLimit:
     """
 
     in_flight_limits: bool = True
+    tpot_limit: bool = True
+    tpot_ns: int = 40 * MILLISECOND
     reserve: float = 0.1
-    prefill_depth: float = 0.5
+    prefill_depth: float = 2.0
     kv_fill: float = 0.95
     embedding_batches: bool = True
     window_ns: int = 5 * MILLISECOND
@@ -150,6 +164,7 @@ class HybridLimit:
 
     def __post_init__(self) -> None:
         require("starvation_ns", self.starvation_ns, 0)
+        require("tpot_ns", self.tpot_ns, 0, SPAN_NS_MAX)
         require("reserve", self.reserve, 0.0, 1.0)
         require("prefill_depth", self.prefill_depth, 0.0, 1e6)
         require("kv_fill", self.kv_fill, 0.0, 1e6)
@@ -169,13 +184,27 @@ class HybridLimit:
         starving = now - queue.oldest_queued_at > self.starvation_ns
         prompts = share_of(replicas.batch_tokens_max, self.prefill_depth)
         kv = share_of(replicas.kv_tokens_max, self.kv_fill)
+        tasks = self._within_tpot(replicas)
         return Limits(
-            tasks_max=replicas.tasks_max,
-            tasks_max_batch=replicas.tasks_max if starving else share_of(replicas.tasks_max, 1.0 - self.reserve),
+            tasks_max=tasks,
+            tasks_max_batch=tasks if starving else share_of(tasks, 1.0 - self.reserve),
             prefill_tokens_max=np.where(replicas.batch_tokens_max > 0, prompts, NEVER),
             kv_tokens_max=np.where(replicas.kv_tokens_max > 0, kv, NEVER),
             hold_until=np.zeros(len(replicas), dtype=np.int64),
         )
+
+    def _within_tpot(self, replicas: ReplicaView) -> Column:
+        """(replicas,) tasks that keep the time per output token: expected for that many, times the slowdown observed, in
+        which the prompts of others show. Where a task's share of an iteration is unknown, the engine's own maximum."""
+        if not self.tpot_limit or self.tpot_ns == 0:
+            return replicas.tasks_max
+        each = np.where(replicas.output_seq_ns > 0.0, replicas.output_seq_ns, 1.0)
+        most = replicas.tasks_max.astype(np.float64)
+        fits = (replicas.output_token_ns + each * most) * replicas.slowdown <= float(self.tpot_ns)
+        with np.errstate(over="ignore"):  # next to nothing a task: infinitely many
+            within = np.floor((float(self.tpot_ns) / replicas.slowdown - replicas.output_token_ns) / each)
+        tasks = np.minimum(np.maximum(within, 1.0), most).astype(np.int64)
+        return np.where(fits | (replicas.output_seq_ns <= 0.0), replicas.tasks_max, tasks)
 
     def _embedding(self, now: Nanos, replicas: ReplicaView, queue: QueueView) -> Limits:
         open_end = unlimited(len(replicas))
@@ -211,6 +240,7 @@ class HybridLimit:
             window_ns=self.window_ns,
             margin_ns=self.margin_ns,
             starvation_ns=self.starvation_ns,
+            tpot_ns=self.tpot_ns if self.tpot_limit else 0,
         )
 
 

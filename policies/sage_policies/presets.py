@@ -1,16 +1,28 @@
 """The named policies. Each function builds a :class:`sage_core.policy.Policy`; ``conf/policy/<name>.yaml`` calls it.
 
-================  ======================================  ==========================  ===============================
-name              order                                   route                       in flight, per replica
-================  ======================================  ==========================  ===============================
-fifo              arrival                                 least in flight             the engine's concurrency
-priority          strict priority, then arrival           least in flight             the engine's concurrency
-slo_aware         earliest due time                       least outstanding tokens    the engine's concurrency
-hybrid            least laxity (docs/hybrid.md)           predicted finish            HybridLimit
-round_robin       arrival                                 round robin                 unlimited: a plain router
-least_in_flight   arrival                                 least in flight             unlimited: a plain router
-separate          arrival                                 least in flight in a part   the engine's concurrency
-================  ======================================  ==========================  ===============================
+=================  ======================================  =========================  =========================
+preset             order                                   route                      in flight, per replica
+=================  ======================================  =========================  =========================
+fifo               arrival                                 least in flight            the engine's concurrency
+priority           strict priority, then arrival           least in flight            the engine's concurrency
+slo_aware          earliest due time                       least outstanding tokens   the engine's concurrency
+hybrid             least laxity (docs/hybrid.md)           predicted finish           HybridLimit
+round_robin        arrival                                 round robin                unlimited: a plain router
+least_in_flight    arrival                                 least in flight            unlimited: a plain router
+separate           arrival                                 least in flight in a part  the engine's concurrency
+upstream_hybrid    priority, arrival; embeddings: arrival  least load last reported   unlimited: a plain router
+power_of_two       arrival                                 less expected wait of two  unlimited: a plain router
+prefix_affinity    arrival                                 by prefix, load bounded    unlimited: a plain router
+predicted_latency  arrival                                 headroom to the objective  unlimited: a plain router
+spjf               least predicted work                    least in flight            the engine's concurrency
+wspt               least predicted work over weight        least in flight            the engine's concurrency
+edf                earliest due time                       least in flight            the engine's concurrency
+qlm                deadline groups                         least expected wait        the engine's concurrency
+shedding           arrival; refuses at saturation          least in flight            unlimited: a plain router
+vtc                least served tenant                     least in flight            the engine's concurrency
+=================  ======================================  =========================  =========================
+
+Each with its source, and what is ours in the reading of it: docs/policies.md.
 """
 
 from __future__ import annotations
@@ -22,12 +34,21 @@ from sage_core.errors import ConfigError
 from sage_core.policy import Admit, Order, Policy, Predict, Route
 from sage_core.slo import SloTable
 from sage_core.units import NEVER, seconds
+from sage_policies.affinity import PrefixAffinity
 from sage_policies.bounds import require
+from sage_policies.headroom import Headroom
 from sage_policies.hybrid import HybridLimit, HybridOrder
 from sage_policies.limit import EngineLimit
 from sage_policies.order import EarliestDeadline, Fifo, PriorityOrder
+from sage_policies.power_of_two import PowerOfTwo
 from sage_policies.predict import MaxPrediction, TenantQuantile
+from sage_policies.qlm import DeadlineGroups
 from sage_policies.route import LeastInFlight, LeastOutstandingTokens, Partition, PredictedFinish, RoundRobin
+from sage_policies.shedding import ShedAtSaturation
+from sage_policies.upstream import UpstreamOrder, UpstreamRoute
+from sage_policies.vtc import LeastServed
+from sage_policies.wait import LeastExpectedWait
+from sage_policies.work import ShortestWork
 
 
 def fifo(limit_factor: float = 1.0, predict: Predict | None = None, admit: Admit | None = None) -> Policy:
@@ -77,20 +98,25 @@ def separate(
 
 def hybrid(
     laxity: bool = True,
+    shortest: bool = True,
+    work_weight: float = 5.0,
     budget_s: Mapping[str, float] | float = 60.0,
     classes: bool = True,
     priority_spacing_s: float = 5.0,
     demotion: bool = True,
-    late_margin: float = 0.25,
+    late_margin: float = 0.2,
     starvation: bool = True,
     starvation_s: float = 30.0,
-    starvation_bypass: int = 8,
+    starvation_bypass: int = 32,
     fairness: bool = True,
     fairness_weight: float = 1.0,
-    fairness_cap_s: float = 5.0,
+    fairness_cap_s: float = 0.5,
     in_flight_limits: bool = True,
+    tpot_limit: bool = True,
+    tpot_s: float | None = 0.05,
+    tpot_fill: float = 0.8,
     reserve: float = 0.1,
-    prefill_depth: float = 0.5,
+    prefill_depth: float = 2.0,
     kv_fill: float = 0.95,
     embedding_batches: bool = True,
     window_s: float = 0.005,
@@ -101,12 +127,16 @@ def hybrid(
     admit: Admit | None = None,
     name: str = "hybrid",
 ) -> Policy:
-    """Least laxity with demotion, fairness and anti-starvation; see ``HybridOrder`` and ``HybridLimit``.
+    """Least laxity, short work first, with demotion, fairness and anti-starvation; see ``HybridOrder`` and ``HybridLimit``.
 
-    The booleans switch ingredients off one by one; name tells such variants apart in results. budget_s: one number, or one per kind (chat, generate, embedding).
+    The booleans switch ingredients off one by one; name tells such variants apart in results. budget_s: one number, or
+    one per kind (chat, generate, embedding). tpot_s: what a token may take, of which ``tpot_fill`` is used; None: no limit.
     """
+    require("tpot_fill", tpot_fill, 0.0, 1e3)
     order = HybridOrder(
         laxity=laxity,
+        shortest=shortest,
+        work_weight=work_weight,
         budget_ns=_budgets(budget_s),
         classes=classes,
         priority_spacing_ns=_span("priority_spacing_s", priority_spacing_s),
@@ -121,6 +151,8 @@ def hybrid(
     )
     limit = HybridLimit(
         in_flight_limits=in_flight_limits,
+        tpot_limit=tpot_limit,
+        tpot_ns=0 if tpot_s is None else _span("tpot_s", tpot_s * tpot_fill),
         reserve=reserve,
         prefill_depth=prefill_depth,
         kv_fill=kv_fill,
@@ -133,6 +165,79 @@ def hybrid(
     return Policy(name, admit, order, route, limit, TenantQuantile() if predict is None else predict)
 
 
+def upstream_hybrid(
+    shared_devices: Sequence[int] = (),
+    counted: bool = False,
+    predict: Predict | None = None,
+    admit: Admit | None = None,
+) -> Policy:
+    """The published upstream system's hybrid policy, reimplemented; see ``sage_policies.upstream``.
+
+    shared_devices: devices that also host an LLM engine, which embeddings avoid. counted: never stale loads.
+    """
+    route = UpstreamRoute(shared_devices, counted)
+    return _preset("upstream_hybrid", UpstreamOrder(), route, EngineLimit(None), predict, admit)
+
+
+def power_of_two(predict: Predict | None = None, admit: Admit | None = None) -> Policy:
+    """A plain router that draws two replicas and takes the one with less expected wait."""
+    return _preset("power_of_two", Fifo(), PowerOfTwo(), EngineLimit(None), _learned(predict), admit)
+
+
+def prefix_affinity(load_factor: float = 1.25, predict: Predict | None = None, admit: Admit | None = None) -> Policy:
+    """A plain router that keeps a prompt prefix on one replica while its load allows."""
+    return _preset("prefix_affinity", Fifo(), PrefixAffinity(load_factor), EngineLimit(None), predict, admit)
+
+
+def predicted_latency(pack: bool = False, predict: Predict | None = None, admit: Admit | None = None) -> Policy:
+    """A plain router by predicted latency: among replicas that meet the objective, the most headroom (or the least)."""
+    return _preset("predicted_latency", Fifo(), Headroom(pack), EngineLimit(None), _learned(predict), admit)
+
+
+def spjf(limit_factor: float = 1.0, predict: Predict | None = None, admit: Admit | None = None) -> Policy:
+    """Shortest predicted job first."""
+    limit = EngineLimit(limit_factor)
+    return _preset("spjf", ShortestWork(), LeastInFlight(), limit, _learned(predict), admit)
+
+
+def wspt(
+    levels: int = 4, limit_factor: float = 1.0, predict: Predict | None = None, admit: Admit | None = None
+) -> Policy:
+    """Weighted shortest predicted job first; levels: of priority, the most urgent has that weight."""
+    limit = EngineLimit(limit_factor)
+    return _preset("wspt", ShortestWork(levels), LeastInFlight(), limit, _learned(predict), admit)
+
+
+def edf(limit_factor: float = 1.0, predict: Predict | None = None, admit: Admit | None = None) -> Policy:
+    """Earliest deadline first and nothing else: ``slo_aware`` with the plainest route."""
+    return _preset("edf", EarliestDeadline(), LeastInFlight(), EngineLimit(limit_factor), predict, admit)
+
+
+def qlm(
+    group_s: float = 1.0, limit_factor: float = 1.0, predict: Predict | None = None, admit: Admit | None = None
+) -> Policy:
+    """Deadline groups, each to the replica with the least expected wait."""
+    order = DeadlineGroups(_span("group_s", group_s, 1e-9))
+    return _preset("qlm", order, LeastExpectedWait(), EngineLimit(limit_factor), _learned(predict), admit)
+
+
+def shedding(
+    power: int = 5,
+    scale: float = 300.0,
+    waiting_max: int = 5,
+    kv_fill: float = 0.8,
+    predict: Predict | None = None,
+) -> Policy:
+    """A plain router that refuses work of priority above 0 by chance as the engines fill."""
+    admit = ShedAtSaturation(power, scale, waiting_max, kv_fill)
+    return _preset("shedding", Fifo(), LeastInFlight(), EngineLimit(None), _learned(predict), admit)
+
+
+def vtc(limit_factor: float = 1.0, predict: Predict | None = None, admit: Admit | None = None) -> Policy:
+    """The tenant that was served least goes next: virtual token counters."""
+    return _preset("vtc", LeastServed(), LeastInFlight(), EngineLimit(limit_factor), _learned(predict), admit)
+
+
 PRESETS: Final[Mapping[str, Callable[..., Policy]]] = {
     "fifo": fifo,
     "priority": priority,
@@ -141,6 +246,16 @@ PRESETS: Final[Mapping[str, Callable[..., Policy]]] = {
     "round_robin": round_robin,
     "least_in_flight": least_in_flight,
     "separate": separate,
+    "upstream_hybrid": upstream_hybrid,
+    "power_of_two": power_of_two,
+    "prefix_affinity": prefix_affinity,
+    "predicted_latency": predicted_latency,
+    "spjf": spjf,
+    "wspt": wspt,
+    "edf": edf,
+    "qlm": qlm,
+    "shedding": shedding,
+    "vtc": vtc,
 }
 
 
@@ -155,6 +270,10 @@ def _preset(
     name: str, order: Order, route: Route, limit: EngineLimit, predict: Predict | None, admit: Admit | None
 ) -> Policy:
     return Policy(name, admit, order, route, limit, MaxPrediction() if predict is None else predict)
+
+
+def _learned(predict: Predict | None) -> Predict:
+    return TenantQuantile() if predict is None else predict
 
 
 def _span(name: str, value: float, low: float = 0.0) -> int:

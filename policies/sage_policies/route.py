@@ -88,17 +88,20 @@ class PredictedFinish:
     def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
         """Expected residence, ns, plus one per task in flight.
 
-        ``(((fixed + input_token * (prefill_tokens + input)) + output * (output_token + output_seq * (in_flight + 1)))
-        * slowdown) * share + in_flight``. The last term decides between equals and, where costs are unknown (zero),
-        makes this the least-in-flight route.
+        ``((input_token * prefill_tokens + output * (output_seq * (in_flight + 1))) * slowdown + own) * share + in_flight``
+        with ``own = (fixed + input_token * input) + output * output_token``. The slowdown, which is what others did to
+        tasks on the replica, counts for the part that others cause: equal replicas differ in it by chance, and on the
+        whole residence such a difference would outweigh a queue of prompts. The last term decides between equals and,
+        where costs are unknown (zero), makes this the least-in-flight route.
         """
-        inputs = (replicas.prefill_tokens[None, :] + tasks.input_tokens[:, None]).astype(np.float64)
+        inputs = tasks.input_tokens.astype(np.float64)[:, None]
         outputs = tasks.output_tokens.astype(np.float64)[:, None]
-        token_ns = replicas.output_token_ns + replicas.output_seq_ns * (replicas.in_flight + 1).astype(np.float64)
+        batch_ns = replicas.output_seq_ns * (replicas.in_flight + 1).astype(np.float64)
+        others = replicas.input_token_ns * replicas.prefill_tokens.astype(np.float64) + outputs * batch_ns
+        own = (replicas.fixed_ns + replicas.input_token_ns * inputs) + outputs * replicas.output_token_ns
         shared = replicas.device_in_flight > replicas.in_flight
         share = np.where(shared, 1.0 + self.share_penalty, 1.0)
-        work = (replicas.fixed_ns + replicas.input_token_ns * inputs) + outputs * token_ns
-        total: Scores = (work * replicas.slowdown) * share + replicas.in_flight.astype(np.float64)
+        total: Scores = (others * replicas.slowdown + own) * share + replicas.in_flight.astype(np.float64)
         return total
 
     def native(self) -> Any:

@@ -121,7 +121,7 @@ class _Seen:
     def take(self, event: e.AnyEvent) -> None:
         """The next event of the log."""
         match event:
-            case e.TokensProduced(task, count):
+            case e.TokensProduced(task, count) if count:
                 self._given[task] = self._given.get(task, 0) + count
             case e.TaskFinished(task, output_tokens):
                 self._task_finished(task, output_tokens)

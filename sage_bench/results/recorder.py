@@ -222,7 +222,7 @@ class RunRecorder(Recorder):
         if flight is None:
             return
         flight.output_tokens += event.count
-        if flight.first_token_ns is None:
+        if event.count and flight.first_token_ns is None:
             self._first_token(now, flight)
 
     def _task_finished(self, now: int, event: did.TaskFinished) -> None:

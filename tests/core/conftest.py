@@ -33,10 +33,13 @@ from sage_core.pipeline import (
 from sage_core.plane import ControlPlane
 from sage_core.policy import Policy
 from sage_core.units import NEVER, Nanos, PoolKind, request_of
+from sage_policies.limit import EngineLimit
 from sage_policies.presets import PRESETS, preset
 
 ATTEMPTS_MAX: Final = 3
-PRESETS_UNBOUNDED: Final = ("round_robin", "least_in_flight")  # plain routers: the queue is in the engines
+PRESETS_UNBOUNDED: Final = tuple(  # plain routers: the queue is in the engines
+    name for name in PRESETS if preset(name).limit == EngineLimit(None)
+)
 POOLS: Final = {"llm": PoolKind.LLM, "embed": PoolKind.EMBEDDING, "cpu": PoolKind.OPERATOR}
 TENANTS: Final = ("ada", "bob", "cyd")
 
@@ -270,7 +273,7 @@ class World:
                     if event.request in self.live and event.request not in must_fail | must_respond:
                         went_away.add(event.request)
                 case e.TokensProduced():
-                    if event.task in self.where and not ended(event.task):
+                    if event.count and event.task in self.where and not ended(event.task):
                         self.streamed.add(event.task)
                 case e.TaskFinished():
                     if event.task in self.where and not ended(event.task):
@@ -422,7 +425,7 @@ class World:
             among = [*self.live] if self.live and random.random() < 0.8 else range(self.requests)
             self.cancel(int(pick(among)))
         elif draw < 0.40 and flying:
-            self.tokens(pick(flying))
+            self.tokens(pick(flying), self.requests % 4)
         elif draw < 0.84 and flying:
             self.finish(pick(flying), int(random.integers(0, 30)))
         elif draw < 0.88 and flying:

@@ -123,6 +123,13 @@ def test_a_gpu_to_itself_is_shared_with_nobody() -> None:
     assert [(each.job, each.place.gpus) for each in mixed.placed] == [("first", (0,)), ("then", (1,))]
 
 
+@pytest.mark.parametrize("first", ["whole", "crumb"])
+def test_a_crumb_of_gpu_memory_is_room_too(first: str) -> None:
+    crumb = Needs(1, 1, gpus=1, gpu_memory_gib=0.0001)
+    jobs = job("whole", WHOLE, priority=int(first != "whole")), job("crumb", crumb, priority=int(first != "crumb"))
+    assert len(place([node("a", gpus=(L4,))], "pack", *jobs).placed) == 1
+
+
 def test_gpus_that_work_together_are_of_one_kind() -> None:
     two = Needs(1, 4, gpus=2, gpu_memory_gib=10)
     mixed = [node("a", gpus=(L4, Gpu("t4", 16)))]

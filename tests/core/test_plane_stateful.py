@@ -67,9 +67,9 @@ class Rules(RuleBasedStateMachine):
         self.world.cancel(number % self.world.requests)
 
     @precondition(lambda self: self.world.where)
-    @rule(number=index)
-    def tokens(self, number: int) -> None:
-        self.world.tokens(self.pick([*self.world.where], number))
+    @rule(number=index, count=st.integers(0, 2))
+    def tokens(self, number: int, count: int) -> None:
+        self.world.tokens(self.pick([*self.world.where], number), count)
 
     @precondition(lambda self: self.world.where)
     @rule(number=index, output_tokens=st.integers(0, 40))

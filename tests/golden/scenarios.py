@@ -39,11 +39,13 @@ EMBED_TIME = IterationTime(token_knots=(1, 67, 134), token_ps=(2_005_000_000, 2_
 
 INGREDIENTS = (
     "laxity",
+    "shortest",
     "classes",
     "demotion",
     "starvation",
     "fairness",
     "in_flight_limits",
+    "tpot_limit",
     "embedding_batches",
     "predicted_routing",
 )
@@ -81,6 +83,7 @@ def crowd() -> list[Arrival]:
                 output_tokens=10 + 31 * i % 90 if generates else 0,
                 ttft_s=(0.4, 0.9)[i % 2] if generates and urgent else None,
                 due_s=None if i % 7 == 3 else (4.0 if generates else 0.15),
+                prefix=i % 6,
             )
         )
     return arrivals
@@ -91,8 +94,8 @@ def patience() -> list[Arrival]:
     arrivals = [
         _arrival(i, i * MILLISECOND, RequestKind.LLM_GENERATE, "slow", 3, 600, 60, None, None) for i in range(12)
     ]
-    for i in range(12, 2300):
-        at = 50 * MILLISECOND + (i - 12) * 15 * MILLISECOND
+    for i in range(12, 2700):
+        at = 50 * MILLISECOND + (i - 12) * 12 * MILLISECOND
         arrivals.append(_arrival(i, at, RequestKind.LLM_CHAT, "fast", 0, 500, 40, 20.0, 30.0))
     return arrivals
 
@@ -150,15 +153,21 @@ def trace(policy: Callable[[], Policy], arrivals: Sequence[Arrival], mechanism: 
 
 
 def presets() -> dict[str, Callable[[], Policy]]:
-    """Every preset; ``separate`` with all three devices to split."""
+    """Every preset that serves all; ``separate`` with all three devices to split."""
     made = dict(PRESETS)
+    del made["shedding"]
     made["separate"] = lambda: separate(shared_devices=[0, 1, 2], llm_share=0.67)
     return made
 
 
+def tight() -> Policy:
+    """Hybrid with an objective for tokens that these engines (8 ms, and 0.2 ms a task) can miss."""
+    return hybrid(tpot_s=0.012)
+
+
 def without(ingredient: str) -> Callable[[], Policy]:
-    """Hybrid less one ingredient."""
-    return lambda: hybrid(**{ingredient: False})
+    """``tight`` less one ingredient."""
+    return lambda: hybrid(tpot_s=0.012, **{ingredient: False})
 
 
 def _device(device: int, replica: int, driver: SimDriver) -> SimulatedDevice:
@@ -186,11 +195,12 @@ def _arrival(
     output_tokens: int,
     ttft_s: float | None,
     due_s: float | None,
+    prefix: int = 0,
 ) -> Arrival:
     pipeline = ("chat", "generate", "embed")[kind]
     due = [NEVER if span is None else at + round(span * SECOND) for span in (ttft_s, due_s)]
     cap = 128 if output_tokens else 0
-    arrived = RequestArrived(request, pipeline, int(kind), tenant, priority, input_tokens, cap, at, due[0], due[1])
+    arrived = RequestArrived(request, pipeline, int(kind), tenant, priority, input_tokens, cap, at, *due, prefix)
     return Arrival(Nanos(at), arrived, output_tokens)
 
 

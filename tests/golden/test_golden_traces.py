@@ -49,8 +49,7 @@ def test_every_request_is_dispatched_once_in_every_trace():
 @pytest.mark.parametrize("ingredient", scenarios.INGREDIENTS)
 def test_each_ingredient_of_hybrid_changes_a_trace(ingredient):
     assert any(
-        scenarios.trace(scenarios.without(ingredient), arrivals())
-        != scenarios.trace(scenarios.PRESETS["hybrid"], arrivals())
+        scenarios.trace(scenarios.without(ingredient), arrivals()) != scenarios.trace(scenarios.tight, arrivals())
         for arrivals in scenarios.SCENARIOS.values()
     )
 

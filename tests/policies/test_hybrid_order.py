@@ -87,7 +87,7 @@ def test_the_margin_demotes_earlier(tasks):
 
 @pytest.mark.parametrize(
     ("queued_at", "bypassed", "first"),
-    [(NOW - 31 * SECOND, 8, 0), (NOW - 31 * SECOND, 7, 1), (NOW - 29 * SECOND, 8, 1)],
+    [(NOW - 31 * SECOND, 32, 0), (NOW - 31 * SECOND, 31, 1), (NOW - 29 * SECOND, 32, 1)],
 )
 def test_the_oldest_goes_first_when_it_waited_long_and_was_passed_over(tasks, queued_at, bypassed, first):
     view = tasks(due_at=[1, NOW + SECOND], queued_at=[queued_at, NOW], oldest=0, bypassed=bypassed, output_tokens=0)
@@ -96,9 +96,10 @@ def test_the_oldest_goes_first_when_it_waited_long_and_was_passed_over(tasks, qu
 
 def test_an_overserved_tenant_yields_up_to_the_cap(tasks):
     view = tasks(tenant_service=[30_000, 0], due_at=[NOW + 10 * SECOND, NOW + 12 * SECOND], speed=SPEED)
-    assert ranks(HybridOrder(), view) == [1, 0], "30k tokens at 1e5 ns are 3 s of laxity"
-    assert ranks(HybridOrder(fairness_cap_ns=SECOND), view) == [0, 1]
-    assert ranks(HybridOrder(fairness_weight=0.5), view) == [0, 1]
+    order = HybridOrder(fairness_cap_ns=5 * SECOND)
+    assert ranks(order, view) == [1, 0], "30k tokens at 1e5 ns are 3 s of laxity"
+    assert ranks(replace(order, fairness_cap_ns=SECOND), view) == [0, 1]
+    assert ranks(replace(order, fairness_weight=0.5), view) == [0, 1]
 
 
 def test_only_differences_between_tenants_count(tasks):
@@ -106,11 +107,33 @@ def test_only_differences_between_tenants_count(tasks):
     np.testing.assert_array_equal(HybridOrder().score(NOW, served), HybridOrder().score(NOW, more))
 
 
+def test_of_tasks_due_together_the_one_with_less_work_goes_first(tasks):
+    view = tasks(ttft_due_at=NOW + SECOND, input_tokens=[4000, 500], output_tokens=[50, 50], speed=SPEED)
+    assert ranks(HybridOrder(), view) == [1, 0]
+    assert ranks(HybridOrder(shortest=False), view) == [0, 1], "least laxity starts the longer prompt first"
+
+
+def test_an_output_token_is_as_much_work_as_two_of_a_prompt(tasks):
+    view = tasks(ttft_due_at=NOW + SECOND, input_tokens=100, output_tokens=[60, 50], speed=SPEED)
+    more, less = HybridOrder(work_weight=3.0).score(NOW, view)
+    assert more - less == 3.0 * SPEED.input_token_ns * 2 * 10
+
+
+def test_work_is_worth_a_bounded_time_of_laxity(tasks):
+    """3,500 tokens more are 1.75 s at this speed and weight: a task due sooner than that goes first, however long it is."""
+    soon, later = NOW + SECOND, NOW + SECOND + 1750 * SECOND // 1000
+    equal = {"input_tokens": [4000, 500], "output_tokens": 0, "speed": Speed(0.0, 1e5, 0.0)}
+    order = HybridOrder(work_weight=6.0)  # one unit of it only undoes that the longer task must start sooner
+    assert ranks(order, tasks(ttft_due_at=[soon, later - 1], **equal)) == [1, 0]
+    assert ranks(order, tasks(ttft_due_at=[soon, later + 1], **equal)) == [0, 1]
+
+
 ABLATIONS = {  # the second task goes first because of this ingredient alone
     "laxity": {"due_at": [NOW + 90 * SECOND, NOW + 5 * SECOND], "arrived_at": [NOW - 2, NOW - 1]},
+    "shortest": {"input_tokens": [200, 100]},
     "classes": {"priority": [1, 0]},
     "demotion": {"due_at": [1, NOW + 5 * SECOND]},
-    "starvation": {"due_at": [NOW + 5 * SECOND, 1], "queued_at": [NOW, 1], "oldest": 1, "bypassed": 9},
+    "starvation": {"due_at": [NOW + 5 * SECOND, 1], "queued_at": [NOW, 1], "oldest": 1, "bypassed": 33},
     "fairness": {"tenant_service": [9000, 0]},
 }
 
@@ -156,7 +179,14 @@ def test_scores_are_whole_exact_and_at_most_one_is_starving(any_tasks, data):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"starvation_ns": -1}, {"fairness_weight": -0.5}, {"budget_ns": (1, -2, 3)}, {"late_margin": 1.5}]
+    "wrong",
+    [
+        {"work_weight": -1.0},
+        {"starvation_ns": -1},
+        {"fairness_weight": -0.5},
+        {"budget_ns": (1, -2, 3)},
+        {"late_margin": 1.5},
+    ],
 )
 def test_wrong_parameters_are_named(wrong):
     with pytest.raises(ConfigError, match=f"policy.{next(iter(wrong))}"):

@@ -18,7 +18,7 @@ from sage_policies.route import PredictedFinish
 from sage_policies.rowwise import rows
 
 DOC = Path(__file__).parents[2] / "docs" / "hybrid.md"
-FLAGS = ("laxity", "classes", "demotion", "starvation", "fairness")
+FLAGS = ("laxity", "shortest", "classes", "demotion", "starvation", "fairness")
 REPLICA_COLUMNS = (
     *("in_flight", "device_in_flight", "prefill_tokens", "tasks_max", "batch_tokens_max", "kv_tokens_max"),
     *("fixed_ns", "input_token_ns", "output_token_ns", "output_seq_ns", "slowdown"),
@@ -60,7 +60,8 @@ def test_order(doc, any_tasks, data):
 def test_limit(doc, any_replicas, any_queue, data):
     view, queue = data.draw(any_replicas), data.draw(any_queue)
     now = data.draw(st.integers(0, 10**14))
-    part = HybridLimit(in_flight_limits=data.draw(st.booleans()), embedding_batches=data.draw(st.booleans()))
+    flags = {name: data.draw(st.booleans()) for name in ("in_flight_limits", "tpot_limit", "embedding_batches")}
+    part = HybridLimit(**flags, tpot_ns=data.draw(st.one_of(st.just(0), st.integers(1, 10**9))))
     got = part.limit(now, view, queue)
     columns = (got.tasks_max, got.tasks_max_batch, got.prefill_tokens_max, got.kv_tokens_max, got.hold_until)
     want = [doc.limit(now, replica, queue, part) for replica in replica_rows(view)]

@@ -10,11 +10,20 @@ from hypothesis import strategies as st
 from sage_core import reference
 from sage_core.policy import QueueView, native_twin
 from sage_core.units import MILLISECOND, NEVER, SECOND, PoolKind
+from sage_policies.affinity import PrefixAffinity
+from sage_policies.headroom import Headroom
 from sage_policies.hybrid import HybridLimit, HybridOrder
 from sage_policies.limit import EngineLimit
 from sage_policies.order import EarliestDeadline, Fifo, PriorityOrder, ShortestFirst, WeightedSum
+from sage_policies.power_of_two import PowerOfTwo
 from sage_policies.presets import PRESETS, separate
+from sage_policies.qlm import DeadlineGroups
 from sage_policies.route import LeastInFlight, LeastOutstandingTokens, Partition, PredictedFinish, RoundRobin
+from sage_policies.shedding import ShedAtSaturation
+from sage_policies.upstream import UpstreamOrder, UpstreamRoute
+from sage_policies.vtc import LeastServed
+from sage_policies.wait import LeastExpectedWait
+from sage_policies.work import ShortestWork
 
 native = pytest.importorskip("sage_core._native", reason="the extension is not built: pip install -e .")
 
@@ -22,8 +31,24 @@ ORDERS = [Fifo(), PriorityOrder(), EarliestDeadline(), HybridOrder()]
 ORDERS += [HybridOrder(**{flag: False}) for flag in ("laxity", "classes", "demotion", "starvation", "fairness")]
 ORDERS += [HybridOrder(budget_ns=(1, 2, 3), late_margin=0.9, starvation_ns=0, starvation_bypass=0)]
 ORDERS += [HybridOrder(fairness_weight=0.3, fairness_cap_ns=7, priority_spacing_ns=123_456_789)]
+ORDERS += [
+    ShortestWork(),
+    ShortestWork(3),
+    DeadlineGroups(),
+    DeadlineGroups(7_000_003),
+    LeastServed(),
+    LeastServed(2),
+    UpstreamOrder(),
+]
 ROUTES = [RoundRobin(), LeastInFlight(), LeastOutstandingTokens(), PredictedFinish(), PredictedFinish(0.3)]
 ROUTES += [Partition(PredictedFinish(), [0, 1], [2]), Partition(LeastInFlight(), [2], [0])]
+ROUTES += [LeastExpectedWait(), PowerOfTwo(), PrefixAffinity(), PrefixAffinity(1.0), Headroom(), Headroom(pack=True)]
+ROUTES += [UpstreamRoute(), UpstreamRoute([0, 2]), UpstreamRoute([1], counted=True)]
+ADMITS = [
+    ShedAtSaturation(),
+    ShedAtSaturation(power=1, scale=0.3),
+    ShedAtSaturation(3, 2.0, waiting_max=7, kv_fill=0.3),
+]
 LIMITS = [EngineLimit(), EngineLimit(0.37), EngineLimit(None), HybridLimit()]
 LIMITS += [HybridLimit(in_flight_limits=False), HybridLimit(embedding_batches=False)]
 LIMITS += [HybridLimit(starvation_ns=0, reserve=0.5)]
@@ -72,12 +97,28 @@ def fill(mechanism, state, limit, route):
     mechanism.add_pool("pool", int(kind))
     for replica, row in enumerate(pool):
         mechanism.join(0, replica, *row)
+        mechanism.report(replica, 0, 3 * replica % 5, 2 * replica % 3, 10)
     mechanism.bind(0, Fifo(), route, limit)
     next_task = 0
     for _ in range(rounds):
         for task_kind, tenant, priority, age, ttft, due, inputs, outputs in queued[:3]:
-            at = now - age
-            row = (next_task, next_task, task_kind, tenant, priority, 0, at, at, ttft, due, inputs, outputs, outputs, 0)
+            at, prefix = now - age, next_task % 4
+            row = (
+                next_task,
+                next_task,
+                task_kind,
+                tenant,
+                priority,
+                0,
+                at,
+                at,
+                ttft,
+                due,
+                inputs,
+                outputs,
+                outputs,
+                prefix,
+            )
             mechanism.enqueue(at, 0, *row)
             next_task += 1
         for i, (_, task) in enumerate(mechanism.decide(now)):
@@ -87,8 +128,23 @@ def fill(mechanism, state, limit, route):
                 mechanism.started(task)
     tasks = []
     for task_kind, tenant, priority, age, ttft, due, inputs, outputs in queued:
-        at = now - age
-        row = (next_task, next_task, task_kind, tenant, priority, 0, at, at, ttft, due, inputs, outputs, outputs, 0)
+        at, prefix = now - age, next_task % 4
+        row = (
+            next_task,
+            next_task,
+            task_kind,
+            tenant,
+            priority,
+            0,
+            at,
+            at,
+            ttft,
+            due,
+            inputs,
+            outputs,
+            outputs,
+            prefix,
+        )
         mechanism.enqueue(at, 0, *row)
         tasks.append(next_task)
         next_task += 1
@@ -126,6 +182,14 @@ def test_routes(state, route):
     want = route.score(now, there.task_view(0, tasks), there.replica_view(0))
     got = np.array([native.route_scores(twin, now, here, 0, task) for task in tasks])
     assert_same_bits(got, want)
+
+
+@given(state=states(), admit=st.sampled_from(ADMITS))
+@settings(max_examples=100, deadline=None)
+def test_admissions(state, admit):
+    now, tasks, here, there = both(state)
+    want = admit.score(now, there.task_view(0, tasks), there.replica_view(0))
+    assert_same_bits(np.array(admit.native().score(now, here, 0, tasks)), want)
 
 
 @given(state=states(), limit=st.sampled_from(LIMITS))
@@ -203,7 +267,7 @@ def run(mechanism, parts, state, seed):
             task_kind, tenant, priority, _, ttft, due, inputs, outputs = shapes[int(rng.integers(len(shapes)))]
             task = (step << 20) | int(rng.integers(2**20))
             relative = [NEVER if instant == NEVER else now + instant % (10 * SECOND) for instant in (ttft, due)]
-            row = (task, task, task_kind, tenant, priority, 0, now, now, *relative, inputs, outputs, outputs, 0)
+            row = (task, task, task_kind, tenant, priority, 0, now, now, *relative, inputs, outputs, outputs, task % 5)
             mechanism.enqueue(now, 0, *row)
         for task in [task for task in flying if rng.random() < 0.3]:
             if rng.random() < 0.5:
@@ -211,6 +275,9 @@ def run(mechanism, parts, state, seed):
             else:
                 flying.remove(task)
                 mechanism.finished(now, task, int(rng.integers(0, 500)))
+        if step % 4 == 0:
+            for replica in range(len(pool)):
+                mechanism.report(replica, now, int(rng.integers(0, 9)), int(rng.integers(0, 3)), 0)
         decisions = mechanism.decide(now)
         flying += [task for _, task in decisions]
         log.append((now, decisions, mechanism.wakeup_at))

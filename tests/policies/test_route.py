@@ -55,7 +55,7 @@ def test_predicted_finish_is_the_stated_formula(tasks, replicas):
         slowdown=[2.0],
     )
     score = PredictedFinish(share_penalty=0.5).score(0, tasks(input_tokens=[100], output_tokens=[10]), view)
-    assert score.tolist() == [[((7 + 2 * 150) + 10 * (11 + 3 * 4)) * 2.0 * 1.5 + 3]]
+    assert score.tolist() == [[((2 * 50 + 10 * (3 * 4)) * 2.0 + (7 + 2 * 100) + 10 * 11) * 1.5 + 3]]
 
 
 def test_predicted_finish_without_costs_is_least_in_flight(tasks, replicas):

@@ -164,6 +164,7 @@ class Mechanism {
   std::int64_t wakeup_at() const { return wakeup_at_; }
 
   Pool& pool(std::size_t index) { return *pools_.at(index); }
+  const Pool& pool(std::size_t index) const { return *pools_.at(index); }
   std::size_t pools() const { return pools_.size(); }
   std::size_t queued() const;
   std::size_t in_flight() const { return in_flight_.size(); }

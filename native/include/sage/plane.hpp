@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -93,6 +94,7 @@ class Plane {
   std::int64_t wakeup_at() const { return mechanism_.wakeup_at(); }
   std::size_t live() const { return requests_.size(); }
   std::size_t tasks_queued() const { return mechanism_.queued(); }
+  std::map<std::string, std::size_t> queue_depths() const;  // by pool
   const std::string& policy() const { return policy_.name; }
   const Counts& counts() const { return counts_; }
   Mechanism& mechanism() { return mechanism_; }

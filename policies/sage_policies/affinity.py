@@ -1,0 +1,55 @@
+"""Requests that share a prompt prefix go to the replica that has it cached, unless that one is overloaded.
+
+The preference is rendezvous hashing (Thaler and Ravishankar, IEEE/ACM ToN 1998): each replica draws a number for the
+prefix and the lowest is preferred, so a replica that joins or leaves moves only the prefixes it wins or loses. The
+bound is that of consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, SODA'18): a replica takes at
+most ``load_factor`` times the mean load, rounded up, and what does not fit spills to the next in the prefix's own
+ranking.
+Routers of prefix caches (the KubeAI, SGLang and Ray Serve routers) do the same with a tree of prefixes or a hash ring;
+the core sees a prefix only as an id, so what is preferred is where it would be cached, not where it was seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from sage_core.policy import ReplicaView, Scores, TaskView
+from sage_core.units import Nanos
+from sage_policies.bounds import require
+from sage_policies.hashing import mix
+
+OVERLOADED: Final = 2.0**52
+"""Where replicas without room begin; a draw is a whole number below it, so scores are exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixAffinity:
+    """The first replica in the prefix's ranking that has room; without a prefix, the one with fewest tasks in flight.
+
+    load_factor: room, as a multiple of the mean number of tasks in flight (this task included).
+    """
+
+    load_factor: float = 1.25
+    live = True
+    load_weight = 0.0
+
+    def __post_init__(self) -> None:
+        require("load_factor", self.load_factor, 1.0, 1e6)
+
+    def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
+        """The replica's draw for the prefix, plus ``OVERLOADED`` where ``in_flight + 1 > ceil(load_factor * mean)``;
+        tasks in flight for tasks without a prefix."""
+        in_flight = replicas.in_flight.astype(np.float64)
+        mean = (in_flight.sum() + 1.0) / float(max(len(replicas), 1))
+        overloaded = np.where(in_flight + 1.0 > np.ceil(self.load_factor * mean), OVERLOADED, 0.0)
+        draws = mix(mix(tasks.prefix)[:, None] ^ replicas.replica.astype(np.uint64)[None, :]) >> np.uint64(12)
+        ranked = draws.astype(np.float64) + overloaded[None, :]
+        return np.where((tasks.prefix != 0)[:, None], ranked, in_flight[None, :])
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        return _native.PrefixAffinity(self.load_factor)
