@@ -8,10 +8,11 @@ from typing import Any, Final
 
 from sage_bench.config import EmbedConfig, LlmConfig
 from sage_core.cluster import Cluster, Job
-from sage_core.errors import ConfigError, EngineError
+from sage_core.errors import ConfigError, DataError, EngineError
 from sage_core.job_events import Start
 from sage_core.plan import plan
 from sage_live.jobs.launch import Launch
+from sage_sim.profile import load_profile
 
 _SAGE: Final = ("{python}", "-m", "sage_bench")
 _WHERE: Final = ("--host", "{host}", "--port", "{port}")
@@ -43,12 +44,17 @@ def check_plan(cluster: Cluster, *, emulate: bool) -> None:
         )
         raise ConfigError(f"{told}; nothing was started (`sage cluster plan` shows the rest)")
     jobs = {job.name: job for job in cluster.jobs}
-    for each in planned.placed:
-        if emulate and jobs[each.job].profile_by(each.place.needs) is None:
+    for each in planned.placed if emulate else ():
+        profile = jobs[each.job].profile_by(each.place.needs)
+        if profile is None:
             raise ConfigError(
                 f"job {each.job}: profile: expected one (`sage profile list`) for what it gets on {each.place.node}, to "
                 "emulate it"
             )
+        try:
+            load_profile(profile)
+        except (ConfigError, DataError) as error:
+            raise ConfigError(f"job {each.job}: profile: {error}; nothing was started") from error
 
 
 def launch_of(job: Job, placed: Start) -> Launch:

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 from sage_core.errors import ConfigError, EngineError
 from sage_core.paths import user_paths
 from sage_live import guard
@@ -61,7 +63,8 @@ class EngineProcess:
         """Run ``command``, which will listen on ``port``, and return once ``health`` answers 200.
 
         env: on top of this process's. logs: folder; None: ``sage-serving/logs`` in the user's state folder. Raises
-        EngineError if it ends or is not healthy within ``timeout_s``; it is stopped then. A cancelled start stops it too.
+        EngineError if it ends, is not healthy within ``timeout_s``, or if another process answers on the port; it is
+        stopped then. A cancelled start stops it too.
         """
         logs = user_paths(os.environ).logs if logs is None else logs
         logs.mkdir(parents=True, exist_ok=True)
@@ -84,7 +87,9 @@ class EngineProcess:
             )
         engine = cls(name, f"http://{host}:{port}", log, process, grace_s)
         try:
-            await asyncio.wait_for(engine._healthy(host, port, health), timeout_s)
+            # Not wait_for, which in Python 3.11 may lose a cancellation that comes at the end.
+            async with asyncio.timeout(timeout_s):
+                await engine._healthy(host, port, health)
         except TimeoutError:
             await engine.stop()
             raise EngineError(f"{name}: not healthy after {timeout_s:g} s; {engine._told()}") from None
@@ -92,6 +97,11 @@ class EngineProcess:
             await engine.stop()
             raise
         return engine
+
+    @property
+    def pid(self) -> int:
+        """Of the guard, whose descendants the engine's processes are."""
+        return self._process.pid
 
     @property
     def running(self) -> bool:
@@ -118,6 +128,10 @@ class EngineProcess:
                 code = self._process.returncode
                 raise EngineError(f"{self.name}: ended with exit code {code} before it was healthy; {self._told()}")
             await asyncio.sleep(_POLL_S)
+        if (other := _other_listener(host, port, self.pid)) is not None:
+            raise EngineError(
+                f"{self.name}: port {port} is taken by another process, {other}; end it or choose another port"
+            )
 
     def _told(self) -> str:
         return f"the end of {self.log}:\n{self.tail()}"
@@ -144,6 +158,24 @@ def vllm_command(model: str, *, host: str, port: int, arguments: Sequence[str] =
     # Not the `vllm` script: that of the CPU build looks for a distribution named vllm and fails.
     server = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     return [*server, "--host", host, "--port", str(port), *arguments]
+
+
+def _other_listener(host: str, port: int, ours: int) -> str | None:
+    """Who listens there, if that is seen and is no descendant of the process ``ours``. None where nothing can be seen:
+    what another user runs is given the benefit of the doubt."""
+    try:
+        listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+        family = {ours, *(child.pid for child in psutil.Process(ours).children(recursive=True))}
+    except psutil.Error:  # it has just ended, or the system does not tell
+        return None
+    places = [(address, port) for address in (host, "0.0.0.0", "::")]
+    pids = {each.pid for each in listening if tuple(each.laddr) in places}
+    if not pids or None in pids or pids & family:
+        return None
+    other = min(pid for pid in pids if pid is not None)
+    with suppress(psutil.Error):
+        return f"{psutil.Process(other).name()} ({other})"
+    return str(other)
 
 
 async def _answers(host: str, port: int, path: str) -> bool:

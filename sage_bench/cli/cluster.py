@@ -45,6 +45,8 @@ def plan(
     ] = None,
 ) -> None:
     """Where each replica of each job would go, by which reason, and the price per hour. Exit code 2: not all have a place."""
+    if as_json and sim == Path("-"):
+        raise ConfigError("--sim -: is for standard output, as --json is; write the one or the other to a file")
     cluster = read_cluster(file)
     chosen: Any = strategy
     found = planned(cluster, chosen)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sage_core.errors import ConfigError, EngineError
@@ -168,11 +169,13 @@ async def _up_here(
 ) -> None:
     from sage_core.jobs import JobManager
     from sage_core.node_selector import NodeSelector
+    from sage_core.units import SECOND
     from sage_live.jobs.controller import Controller
     from sage_live.jobs.follower import Follower
     from sage_live.jobs.gateway_service import GatewayService
     from sage_live.jobs.local import LocalActuator
     from sage_live.jobs.state_file import StateFile
+    from sage_live.jobs.status import ClusterStatus
 
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -187,6 +190,7 @@ async def _up_here(
             stop.set()
 
     with StateFile(name, os.environ) as state:
+        state.write(ClusterStatus.starting(name, "local"))  # `down` can end it from now on
         async with AsyncExitStack() as stack:
             follower = None
             if wish is not None:
@@ -200,7 +204,7 @@ async def _up_here(
                 "local",
                 JobManager(NodeSelector(cluster.strategy), cluster.nodes, options),
                 cluster.nodes,
-                LocalActuator(),
+                LocalActuator(grace_s=options.grace_ns / SECOND),
                 launch_of,
                 follower=follower,
                 changed=changed,
@@ -341,7 +345,7 @@ def _show(told: ClusterStatus) -> None:
             each.state.value,
             each.url,
             str(each.restarts),
-            each.reason,
+            escape(each.reason),
         )
     console.print(table)
     lost = f"; nodes lost: {', '.join(told.nodes_lost)}" if told.nodes_lost else ""

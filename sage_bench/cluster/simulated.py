@@ -35,7 +35,8 @@ def simulated(cluster: Cluster, plan: Plan) -> str:
     nothing is left, or engines share a GPU in a way that a simulated device cannot.
     """
     devices = _devices(cluster, plan)
-    known = [job for device in devices for job, profile in device.jobs if _is_known(job, profile)]
+    names = {job.name for device in devices for job, profile in device.jobs if _is_known(job, profile)}
+    known = [job for job in cluster.jobs if job.name in names]  # as in the file: pools are by who comes first
     if not known:
         raise ConfigError(
             "plan: no job that was placed has a profile, so there is nothing to simulate; give one a profile"

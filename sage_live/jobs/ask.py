@@ -40,7 +40,8 @@ async def ask(
         answer = _Answer()
         headers = ((b"content-type", b"application/json"),) if body else ()
         pool.send(method, path, headers, body, answer)
-        return await asyncio.wait_for(answer.done, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await answer.done
     except UpstreamError as error:
         raise EngineError(f"{url}{path}: {error}") from error
     except TimeoutError:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sage_core.cluster import Job, Node
-from sage_core.errors import EngineError
+from sage_core.errors import EngineError, SageError
 from sage_core.job_events import (
     Cancelled,
     InstanceExited,
@@ -132,7 +132,9 @@ class Controller:
         """End every job: drain, stop, and after the grace kill. :meth:`run` returns then."""
         self._down = True
         ended = (JobState.STOPPED, JobState.DRAINING)
-        self.post(*(Cancelled(name) for name, job in self._manager.jobs().items() if job.state not in ended))
+        asked = {event.job for event in self._posted if isinstance(event, Cancelled)}
+        jobs = self._manager.jobs().items()
+        self.post(*(Cancelled(name) for name, job in jobs if job.state not in ended and name not in asked))
 
     def status(self) -> ClusterStatus:
         """As it is now."""
@@ -185,8 +187,9 @@ class Controller:
             return
         self._woken.clear()
         at = self._manager.wakeup_at
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._woken.wait(), None if at == NEVER else (at - now) / 1e9)
+        with suppress(TimeoutError):  # not wait_for: that of 3.11 may lose a cancellation
+            async with asyncio.timeout(None if at == NEVER else (at - now) / 1e9):
+                await self._woken.wait()
 
     def _do(self, action: JobAction) -> None:
         match action:
@@ -211,7 +214,7 @@ class Controller:
         instance = life.placed.instance
         try:
             reason = await self._run_engine(life)
-        except EngineError as error:
+        except SageError as error:
             first, *others = str(error).splitlines()
             reason = f"{first} {others[-1]}" if others else first  # the last words of what it printed
         except asyncio.CancelledError:
@@ -219,10 +222,12 @@ class Controller:
         except Exception as error:  # a defect of ours is a crash of the instance, and not one that nobody hears of
             _log.exception("%s", life.name)
             reason = f"{type(error).__name__}: {error}"
-        if instance in self._lives:
-            await self._look_at_nodes()  # first: what ended with its node is not a crash
-        if self._lives.pop(instance, None) is not None:
-            self.post(InstanceExited(instance, reason))
+        try:
+            if instance in self._lives:
+                await self._look_at_nodes()  # first: what ended with its node is not a crash
+        finally:  # a Kill may come meanwhile, and cancel this
+            if self._lives.pop(instance, None) is not None:
+                self.post(InstanceExited(instance, reason))
 
     async def _run_engine(self, life: _Life) -> str:
         """From its start to its end; how that was. EngineError where it does not come up."""
@@ -298,7 +303,11 @@ class Controller:
 
     async def _look_at_nodes(self) -> bool:
         """Tell the manager which nodes have come and gone; whether there is anything to watch."""
-        there = await self._actuator.nodes()
+        try:
+            there = await self._actuator.nodes()
+        except Exception as error:  # of whatever runs them: no news, and asked again
+            _log.warning("nodes: cannot be asked: %s: %s", type(error).__name__, error)
+            return True
         if there is None:
             return False
         for name in sorted(self._nodes.keys() - self._lost - there):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -25,6 +26,14 @@ AGAIN_S: Final = 0.2
 _log = logging.getLogger(__name__)
 
 
+class _Listed(msgspec.Struct):
+    name: str
+
+
+class _List(msgspec.Struct):
+    data: list[_Listed]
+
+
 class Follower:
     """Of the gateway at ``url``. :meth:`run` is its life."""
 
@@ -33,6 +42,7 @@ class Follower:
         self._wanted: dict[str, dict[str, Any]] = {}
         self._ours: set[str] = set()  # all that we added: what others put in service is theirs
         self._leaving: set[str] = set()
+        self._adding = asyncio.Lock()
         self._woken = asyncio.Event()
         self._trouble = ""  # that was told last
 
@@ -51,6 +61,8 @@ class Follower:
         self._leaving.add(name)
         self._wanted.pop(name, None)
         try:
+            async with self._adding:  # it may be on its way in
+                pass
             await self._delete(name, timeout_s=3600.0)
         except EngineError as error:
             _log.warning("gateway: %s is not drained: %s", name, error)
@@ -70,24 +82,34 @@ class Follower:
                     _log.warning("gateway: %s", error)
                 self._trouble = str(error)
                 wait_s = AGAIN_S
-            try:
-                await asyncio.wait_for(self._woken.wait(), wait_s)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):  # not wait_for: that of 3.11 may lose a cancellation
+                async with asyncio.timeout(wait_s):
+                    await self._woken.wait()
 
     async def _look(self) -> None:
         status, body = await ask(self.url, ENGINES)
         if status != 200:
             raise EngineError(f"{self.url}{ENGINES}: answered {status}")
-        listed = {each["name"]: each["url"] for each in msgspec.json.decode(body)["data"]}
-        for name in listed.keys() & self._ours - self._wanted.keys() - self._leaving:
+        listed = {each.name for each in msgspec.json.decode(body, type=_List).data}
+        for name in listed & self._ours - self._wanted.keys() - self._leaving:
             await self._delete(name, "?force=true")
-        for name, engine in list(self._wanted.items()):
-            if name not in listed:
-                status, told = await ask(self.url, ENGINES, method="POST", body=msgspec.json.encode(engine))
-                if status != 201:
-                    raise EngineError(f"{self.url}: engine {name} was not taken ({status}): {told.decode()[:300]}")
-                self._ours.add(name)
+        refused = ""
+        for name in [each for each in self._wanted if each not in listed]:
+            refused = await self._add(name) or refused
+        if refused:
+            raise EngineError(refused)
+
+    async def _add(self, name: str) -> str:
+        """Unless it is wanted no more by now; "", or why the gateway did not take it."""
+        async with self._adding:
+            if name not in self._wanted:
+                return ""
+            engine = msgspec.json.encode(self._wanted[name])
+            self._ours.add(name)  # before: an answer that is lost says nothing
+            status, told = await ask(self.url, ENGINES, method="POST", body=engine)
+        if name not in self._wanted:
+            self._woken.set()  # removed meanwhile: look again at once
+        return "" if status == 201 else f"{self.url}: engine {name} was not taken ({status}): {told.decode()[:300]}"
 
     async def _delete(self, name: str, query: str = "", timeout_s: float = 5.0) -> None:
         path = f"{ENGINES}/{quote(name, safe='')}{query}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -32,5 +33,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
         return [here.get(word, word) for word in self.command]
 
     def environment(self, gpus: Sequence[int]) -> dict[str, str]:
-        """``env``, and the GPUs of the machine that it may see; none where it was given none."""
-        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), **self.env}
+        """``env``, and the GPUs that it may see; none where it was given none. They are counted among those that this process
+        may use, where that is said."""
+        ours = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+        seen = [ours[gpu] if gpu < len(ours) else str(gpu) for gpu in gpus]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(seen), **self.env}

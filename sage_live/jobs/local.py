@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from contextlib import suppress
@@ -13,7 +14,7 @@ from sage_core.errors import EngineError
 from sage_core.job_events import Start
 from sage_live.jobs.engine_ports import EnginePorts
 from sage_live.jobs.launch import Launch
-from sage_live.processes import EngineProcess
+from sage_live.processes import STOP_GRACE_S, EngineProcess
 
 
 class JobProcess(EngineProcess):
@@ -24,6 +25,18 @@ class JobProcess(EngineProcess):
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
             for leader in psutil.Process(self._process.pid).children():
                 os.killpg(leader.pid, signal.SIGKILL)  # the guard made it the head of a group
+
+    async def stop(self) -> None:
+        """As any. One that is cancelled kills, and returns when nothing is left all the same: what is told of as gone
+        has given back its GPU."""
+        try:
+            await super().stop()
+        except asyncio.CancelledError:
+            while self.running:
+                self.kill()
+                with suppress(asyncio.CancelledError):
+                    await self._process.wait()
+            raise
 
     async def ended(self) -> str:
         """Waits for the end; how it was: the exit code, and the last line it printed."""
@@ -57,17 +70,18 @@ class LocalEngine:
 
 
 class LocalActuator:
-    """logs: their folder; None: that of the user (sage_core.paths)."""
+    """logs: their folder; None: that of the user (sage_core.paths). grace_s: from SIGTERM to SIGKILL, if no Kill comes."""
 
-    def __init__(self, logs: Path | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(self, logs: Path | None = None, host: str = "127.0.0.1", grace_s: float = STOP_GRACE_S) -> None:
         self._logs = logs
         self._host = host
+        self._grace_s = grace_s
         self._ports = EnginePorts()
 
     async def start(self, name: str, launch: Launch, placed: Start) -> LocalEngine:
         port = self._ports.take(launch.service)
         try:
-            process = await start_process(name, launch, placed.gpus, self._host, port, self._logs)
+            process = await start_process(name, launch, placed.gpus, self._host, port, self._logs, self._grace_s)
         except BaseException:
             self._ports.release(port)
             raise
@@ -78,7 +92,13 @@ class LocalActuator:
 
 
 async def start_process(
-    name: str, launch: Launch, gpus: tuple[int, ...], host: str, port: int, logs: Path | None
+    name: str,
+    launch: Launch,
+    gpus: tuple[int, ...],
+    host: str,
+    port: int,
+    logs: Path | None,
+    grace_s: float = STOP_GRACE_S,
 ) -> JobProcess:
     """Until it is healthy. EngineError."""
     try:
@@ -91,6 +111,7 @@ async def start_process(
             logs=logs,
             health=launch.health,
             timeout_s=launch.start_timeout_s,
+            grace_s=grace_s,
         )
     except OSError as error:  # its log cannot be written; EngineError is one too
         if isinstance(error, EngineError):

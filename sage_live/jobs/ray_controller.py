@@ -16,6 +16,7 @@ from sage_core.cluster import Cluster
 from sage_core.errors import ConfigError, EngineError
 from sage_core.jobs import JobManager, JobOptions
 from sage_core.node_selector import NodeSelector
+from sage_core.units import SECOND
 from sage_live.jobs.controller import Controller, LaunchOf, Watching
 from sage_live.jobs.follower import Follower
 from sage_live.jobs.gateway_service import GatewayService
@@ -70,7 +71,7 @@ class ControllerActor:
             "ray",
             JobManager(NodeSelector(self._cluster.strategy), nodes, self._options),
             nodes,
-            RayActuator(ray_module(), [node.name for node in nodes]),
+            RayActuator(ray_module(), [node.name for node in nodes], self._options.grace_ns / SECOND),
             self._launch_of,
             follower=None if follow is None else Follower(follow),
             watching=self._watching,
@@ -81,7 +82,8 @@ class ControllerActor:
 
     async def status(self) -> bytes:
         """A :class:`ClusterStatus`, encoded."""
-        assert self._controller is not None
+        if self._controller is None:  # its gateway comes first
+            return msgspec.msgpack.encode(ClusterStatus.starting(self._name, "ray"))
         if self._running is not None and self._running.done():
             self._running.result()  # a defect of ours is told, and not shown as a cluster without a pulse
         return msgspec.msgpack.encode(self._controller.status())
@@ -124,22 +126,26 @@ class RayCluster:
         follow: str | None = None,
     ) -> RayCluster:
         """Begin to start it. ConfigError where one of that name is up; EngineError where the gateway does not start."""
+        taken = ConfigError(f"cluster {name}: is up already; `sage cluster down` it first")
         if cls.find(ray, name) is not None:
-            raise ConfigError(f"cluster {name}: is up already; `sage cluster down` it first")
-        actor = (
-            ray.remote(ControllerActor)
-            .options(
-                name=_actor_name(name),
-                namespace=NAMESPACE,
-                lifetime="detached",
-                num_cpus=0,
-                resources={HEAD: SLICE},
-                max_restarts=0,
-            )
-            .remote(name, cluster, options, watching, launch_of)
+            raise taken
+        placed = ray.remote(ControllerActor).options(
+            name=_actor_name(name),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=0,
+            resources={HEAD: SLICE},
+            max_restarts=0,
         )
         try:
+            actor = placed.remote(name, cluster, options, watching, launch_of)
+        except ValueError as error:  # Ray's, of a name that is taken: another `up` was a moment sooner
+            raise taken from error
+        try:
             why = ray.get(actor.up.remote(gateway, follow))
+        except ray.exceptions.RayError as error:  # a `down` from elsewhere, for one
+            cls(ray, actor).down()
+            raise EngineError(f"the controller on Ray ended: {' '.join(str(error).split())[:300]}") from error
         except BaseException:
             cls(ray, actor).down()
             raise

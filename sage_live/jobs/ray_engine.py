@@ -19,10 +19,13 @@ from sage_live.jobs.engine_ports import any_port
 from sage_live.jobs.launch import Launch
 from sage_live.jobs.local import JobProcess, start_process
 from sage_live.jobs.ray_connection import SLICE, nodes_there, ray_module, resource_of
+from sage_live.processes import STOP_GRACE_S
 
 REPLY_S = 10.0
 """What an actor may take to answer, before it counts as gone."""
 
+GIVE_UP_S = 3.0
+"""From SIGTERM to SIGKILL for an engine that is given up while it starts: it has nothing to finish. Below REPLY_S."""
 
 LOOK_S = 0.5
 """Between two looks at whether the raylet lives."""
@@ -40,7 +43,8 @@ async def end_with_raylet() -> None:
 class EngineActor:
     """Lives on a node. Its methods run in the actor's own event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
         self._starting: asyncio.Task[JobProcess] | None = None
         self._process: JobProcess | None = None
         self._raylet: asyncio.Task[None] | None = None
@@ -51,7 +55,7 @@ class EngineActor:
         host = ray_module().util.get_node_ip_address()
         try:
             # Any port, not the registry's: raylets of one machine do not know of each other's engines.
-            work = start_process(name, launch, gpus, host, any_port(host), None)
+            work = start_process(name, launch, gpus, host, any_port(host), None, self._grace_s)
             self._starting = asyncio.create_task(work)
             self._process = await self._starting
         except EngineError as error:
@@ -62,9 +66,9 @@ class EngineActor:
 
     async def give_up(self) -> None:
         """End what :meth:`start` began; returns when nothing of it runs."""
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.wait([self._starting])
+        while self._starting is not None and not self._starting.done():
+            self._starting.cancel()  # SIGTERM at first, SIGKILL when it is cancelled again (JobProcess.stop)
+            await asyncio.wait([self._starting], timeout=GIVE_UP_S)
         if self._process is not None:
             await self._process.stop()
 
@@ -120,10 +124,12 @@ class RayEngine:
 
 
 class RayActuator:
-    """Within a process that is connected to the Ray cluster; ``nodes`` are names of the cluster file."""
+    """Within a process that is connected to the Ray cluster; ``nodes`` are names of the cluster file. grace_s: of an engine,
+    from SIGTERM to SIGKILL, if no Kill comes."""
 
-    def __init__(self, ray: Any, nodes: Sequence[str]) -> None:
+    def __init__(self, ray: Any, nodes: Sequence[str], grace_s: float = STOP_GRACE_S) -> None:
         self._ray = ray
+        self._grace_s = grace_s
         self._nodes = tuple(nodes)
         self._actor = ray.remote(EngineActor)
 
@@ -132,23 +138,29 @@ class RayActuator:
             num_cpus=placed.needs.cpus,
             resources={resource_of(placed.node): SLICE},
             max_restarts=0,  # starting again, and where, is the manager's to say
-        ).remote()
+        ).remote(self._grace_s)
         try:
             url, why = await actor.start.remote(name, launch, placed.gpus)
         except self._ray.exceptions.RayError as error:
             raise EngineError(f"{name}: its Ray actor: {' '.join(str(error).split())[:300]}") from error
         except asyncio.CancelledError:
             # A killed actor's engine ends a moment after it: whoever waits for this start to end waits for the engine's end.
-            try:
-                with suppress(self._ray.exceptions.RayError, TimeoutError):
-                    await asyncio.wait_for(actor.give_up.remote(), REPLY_S)
-            finally:
-                self._ray.kill(actor)
+            gone = asyncio.ensure_future(self._give_up(actor))
+            while not gone.done():
+                with suppress(asyncio.CancelledError):  # a Kill again changes nothing: REPLY_S bounds it
+                    await asyncio.shield(gone)
             raise
         if why:
             self._ray.kill(actor)
             raise EngineError(why)
         return RayEngine(self._ray, actor, url)
+
+    async def _give_up(self, actor: Any) -> None:
+        try:
+            with suppress(self._ray.exceptions.RayError, TimeoutError):
+                await asyncio.wait_for(actor.give_up.remote(), REPLY_S)
+        finally:
+            self._ray.kill(actor)
 
     async def nodes(self) -> frozenset[str]:
         return await asyncio.to_thread(nodes_there, self._ray, self._nodes)

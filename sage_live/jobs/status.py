@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 
 from sage_core.job_lifecycle import ReplicaPhase
@@ -44,6 +46,11 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     nodes_lost: tuple[str, ...]
     jobs: tuple[JobLine, ...]
     engines: tuple[EngineStatus, ...]
+
+    @classmethod
+    def starting(cls, name: str, runtime: str) -> ClusterStatus:
+        """Of one that has no jobs yet; its controller is this process."""
+        return cls(name, runtime, os.getpid(), None, (), (), ())
 
     @property
     def healthy(self) -> bool:

@@ -82,6 +82,12 @@ def test_a_price_that_is_not_known_is_said_and_not_guessed(sage: Sage, written: 
     assert "The price of cpu is not known, and not in it." in " ".join(done.out.split())
 
 
+def test_a_node_whose_price_is_not_known_is_not_said_to_add_one(sage: Sage, written: Callable[..., Path]) -> None:
+    path = written(nodes=NODES.replace("a100_sxm", "unheard_of"))
+    assert "inf" not in sage("cluster", "plan", path, "--strategy", "cost").out
+    assert "its price is not known" in sage("cluster", "plan", path, "--strategy", "cost", "--json").out
+
+
 def test_what_has_no_place_is_named_and_the_exit_code_is_2(sage: Sage, written: Callable[..., Path]) -> None:
     file = written(CHAT + "    replicas: 5\n")
     done = sage("cluster", "plan", file)
@@ -201,3 +207,21 @@ def test_two_llms_on_one_gpu_cannot_be_simulated(sage: Sage, written: Callable[.
 def test_without_a_profile_there_is_nothing_to_simulate(sage: Sage, written: Callable[..., Path]) -> None:
     done = sage("cluster", "plan", written(CHAT.replace("    profile: llama-3.1-8b-a100-tp1\n", "")), "--sim", "-")
     assert done.code == 2 and "no job that was placed has a profile" in done.err
+
+
+def test_the_first_llm_of_the_file_has_the_usual_pool_wherever_it_is(sage: Sage, written: Callable[..., Path]) -> None:
+    alone = "gpus: 1, gpu_type: b"
+    other = (
+        CHAT.replace("chat", "other").replace("model: llama", "model: else").replace("gpus: 1", "gpus: 1, gpu_type: a")
+    )
+    nodes = "".join(
+        f"  - {{name: {kind}, cpus: 8, memory_gib: 64, gpus: [{{type: {kind}, memory_gib: 80}}]}}\n" for kind in "ab"
+    )
+    path = written(CHAT.replace("gpus: 1", alone) + other, nodes="nodes:\n" + nodes)
+    devices = yaml.safe_load(sage("cluster", "plan", path, "--sim", "-").out)["devices"]
+    assert {each["node"]: each["llm"].get("pool") for each in devices} == {"a": "else", "b": None}
+
+
+def test_standard_output_has_one_thing(sage: Sage) -> None:
+    done = sage("cluster", "plan", EXAMPLE, "--json", "--sim", "-")
+    assert done.code == 2 and done.err.startswith("sage: --sim -: ") and not done.out

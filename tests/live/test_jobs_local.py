@@ -515,7 +515,8 @@ def test_the_state_file_is_one_controllers(tmp_path: Path) -> None:
 # --- commands of engines --------------------------------------------------------------------------------------------------
 
 
-def test_what_starts_an_engine() -> None:
+def test_what_starts_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     needs = Needs(cpus=1, memory_gib=1)
     on_gpus, on_cpus = Start(0, "x", "a", (0, 3), needs), Start(1, "x", "a", (), needs)
     llm = Job("x", "llm", "m", needs, options={"max_num_seqs": 8, "enforce_eager": True, "prefix_caching": False})

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from sage_core.jobs import JobOptions
 from sage_core.units import SECOND
 from sage_live.jobs.controller import Watching
 from sage_live.jobs.engine_ports import any_port
+from sage_live.jobs.launch import Launch
 from sage_live.jobs.ray_connection import check_nodes, connect, nodes_there, resource_of
-from sage_live.jobs.ray_controller import RayCluster
+from sage_live.jobs.ray_controller import GatewayWish, RayCluster
 from sage_live.jobs.status import ClusterStatus
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -254,6 +256,33 @@ def test_no_engine_survives_a_kill_of_the_controller(raylets: Any, second: Any) 
         assert RayCluster.find(connect(), "orphans") is None
 
     h.run(main(), 120)
+
+
+def test_of_two_ups_at_one_time_one_is_told(raylets: Any, second: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RayCluster, "find", lambda ray, name: None)  # both have looked
+    first = RayCluster.up(connect(), "twice", CLUSTER, OPTIONS, WATCHING, emulated_launch_of)
+    try:
+        with pytest.raises(ConfigError, match="cluster twice: is up already"):
+            RayCluster.up(connect(), "twice", CLUSTER, OPTIONS, WATCHING, emulated_launch_of)
+        assert first.status().name == "twice"
+    finally:
+        first.down()
+
+
+def test_a_down_while_the_gateway_starts_ends_the_up(raylets: Any, second: Any) -> None:
+    sleeper = Launch(service="gateway", model="", command=("{python}", "-c", "import time; time.sleep(600)"))
+    wish = GatewayWish(sleeper, "127.0.0.1", any_port())
+    with ThreadPoolExecutor() as pool:
+        up = pool.submit(
+            RayCluster.up, connect(), "early", CLUSTER, OPTIONS, WATCHING, emulated_launch_of, gateway=wish
+        )
+        found = None
+        while found is None:
+            found = RayCluster.find(connect(), "early")
+        assert not found.status().healthy
+        found.down()
+        with pytest.raises(EngineError, match="the controller on Ray ended"):
+            up.result(timeout=60)
 
 
 def test_a_file_that_the_raylets_do_not_bear_out(raylets: Any, second: Any) -> None:

@@ -67,6 +67,39 @@ def listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def test_an_engine_on_another_process_port_is_not_taken_for_healthy(tmp_path: Path) -> None:
+    """What answers there is healthy, and is not ours, which has not even tried to listen yet."""
+
+    async def main() -> None:
+        port = free_port()
+        other = await asyncio.create_subprocess_exec(*server(port))
+        try:
+            await until(lambda: listening(port))
+            with pytest.raises(EngineError, match=rf"port {port} is taken by another process, .*\({other.pid}\)"):
+                await EngineProcess.start("web", ["sleep", "600"], port=port, logs=tmp_path)
+        finally:
+            other.kill()
+            await other.wait()
+
+    run(main())
+
+
+def test_a_child_of_the_engine_may_be_the_one_that_listens(tmp_path: Path) -> None:
+    async def main() -> None:
+        port = free_port()
+        inner = textwrap.dedent(SERVER).format(more="")
+        command = [
+            sys.executable,
+            "-c",
+            f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}, '{port}'])",
+        ]
+        engine = await EngineProcess.start("web", command, port=port, logs=tmp_path)
+        assert engine.running
+        await engine.stop()
+
+    run(main())
+
+
 def test_an_engine_starts_is_healthy_and_stops(tmp_path: Path) -> None:
     async def main() -> None:
         port = free_port()
