@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import shutil
 import signal
 import socket
@@ -34,6 +35,7 @@ from sage_bench.compose import Parts, device_makers, make, make_parts, price_per
 from sage_bench.config import DeviceConfig, LiveDriverConfig, LlmConfig, checked
 from sage_bench.discovery import check_url, versions_of
 from sage_bench.gateway_process import JOB, SERVED, Job, Told
+from sage_bench.host_samples import sampling, write_host
 from sage_bench.live_manifest import Started, write_live_manifest
 from sage_bench.results.manifest import Status
 from sage_bench.run import prepare, run_id
@@ -86,8 +88,8 @@ def run_live(
     composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), tell: Tell = lambda text: None
 ) -> LiveResult:
     """Run once and write ``results/<name>/<run id>/``. Raises SageError. Ctrl-C ends the load early; what was measured
-    stays. A run that ends before anything was sent leaves no folder. One whose gateway ended by itself is told by an
-    EngineError and keeps what the generator saw; its manifest says ``failed``."""
+    stays. A run that ends before anything was sent leaves no folder. One whose gateway ended by itself, or in which every
+    request failed, is told by an EngineError and keeps what the generator saw; its manifest says ``failed``."""
     config, plain = checked(composed)
     if not isinstance(config.driver, LiveDriverConfig):
         raise ConfigError(f"driver: expected live, got {type(config.driver).__name__}")
@@ -116,9 +118,10 @@ def run_live(
         folder / "client.parquet",
         client_table(_on_gateway_clock(seen), seen.measured.gaps, round(config.warmup_s * 1e9)),
     )
+    host = write_host(folder, seen.measured.start_ns if seen.told is None else seen.told.origin_ns)
     unknown = Served(0, b"", 0, 0.0, {}, [], parts.policy.name, 0, engines=seen.specs)  # it could not tell any more
     served = unknown if seen.told is None else seen.told.served(seen.specs)
-    failure = seen.ended or served.broken
+    failure = seen.ended or served.broken or _nothing_answered(seen)
     status: Status = "failed" if failure is not None else "interrupted" if seen.interrupted else "complete"
     write_live_manifest(
         folder,
@@ -136,6 +139,7 @@ def run_live(
         price_per_h=price_per_h(config, parts.profiles),
         generator=verdict.as_dict(),
         invalid=verdict.invalid,
+        host=host,
     )
     if failure is not None:
         kind = type(failure) if isinstance(failure, SageError) else EngineError
@@ -146,6 +150,13 @@ def run_live(
     assert seen.told is not None
     warnings = [*parts.warnings, *_doubts(seen, verdict, config.driver)]
     return LiveResult(folder, seen.told, verdict, seen.interrupted, warnings, time.perf_counter() - wall)
+
+
+def _nothing_answered(seen: _Seen) -> EngineError | None:
+    """Every request failed: there is nothing to measure."""
+    if seen.told is None or not 0 < seen.told.counts["arrived"] == seen.told.counts["failed"]:
+        return None
+    return EngineError("every request failed; look at what the engines say")
 
 
 def _any_request(folder: Path) -> bool:
@@ -272,7 +283,8 @@ async def _measure(parts: Parts, driver: LiveDriverConfig, folder: Path, tell: T
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
     async with AsyncExitStack() as running:
         tell("starting engines")
-        specs = await _unless(stop, _engines(parts, driver, running))
+        heads = {os.getpid(): "generator"}
+        specs = await _unless(stop, _engines(parts, driver, running, heads))
         port = _free_port()
         (folder / JOB).write_bytes(msgspec.json.encode(Job(port, specs, driver.indexes)))
         tell("starting the gateway")
@@ -288,6 +300,8 @@ async def _measure(parts: Parts, driver: LiveDriverConfig, folder: Path, tell: T
             ),
         )
         running.push_async_callback(gateway.stop)
+        heads[gateway.pid] = "gateway"
+        await running.enter_async_context(sampling(folder, heads))
         await _unless(stop, _all_healthy(gateway.url, len(specs)))
         versions = await _unless(stop, versions_of(specs))
         round_trips = {
@@ -399,8 +413,10 @@ async def _generate(parts: Parts, driver: LiveDriverConfig, options: Options, wi
 # --- engines ---------------------------------------------------------------------------------------------------------
 
 
-async def _engines(parts: Parts, driver: LiveDriverConfig, running: AsyncExitStack) -> list[EngineSpec]:
-    """Every engine of the cluster, up: emulated ones are started."""
+async def _engines(
+    parts: Parts, driver: LiveDriverConfig, running: AsyncExitStack, heads: dict[int, str]
+) -> list[EngineSpec]:
+    """Every engine of the cluster, up: emulated ones are started, and their process ids and names added to ``heads``."""
     groups = [group for group in parts.config.cluster.devices for _ in range(group.count)]
     joined = {
         number: maker(0).joined()
@@ -410,7 +426,7 @@ async def _engines(parts: Parts, driver: LiveDriverConfig, running: AsyncExitSta
     if driver.engines:
         urls = iter(driver.engines)
         return [engine_spec(each, next(urls), number, driver) for number, engines in joined.items() for each in engines]
-    starting = [asyncio.ensure_future(_emulated(number, groups[number], running)) for number in joined]
+    starting = [asyncio.ensure_future(_emulated(number, groups[number], running, heads)) for number in joined]
     try:
         urls_of = await asyncio.gather(*starting)
     except BaseException:
@@ -425,7 +441,7 @@ async def _engines(parts: Parts, driver: LiveDriverConfig, running: AsyncExitSta
     ]
 
 
-async def _emulated(number: int, group: DeviceConfig, running: AsyncExitStack) -> str:
+async def _emulated(number: int, group: DeviceConfig, running: AsyncExitStack, heads: dict[int, str]) -> str:
     """Start the emulated engines of a device; their URL."""
     port = _free_port()
     command = [sys.executable, "-m", "sage_bench", "llm", "serve", "--port", str(port)]
@@ -435,6 +451,7 @@ async def _emulated(number: int, group: DeviceConfig, running: AsyncExitStack) -
         command += ["--embed-config", msgspec.json.encode(group.embed).decode(), "--embed-model", group.embed.pool]
     engine = await EngineProcess.start(f"engine-{number}", command, port=port, timeout_s=HEALTHY_S)
     running.push_async_callback(engine.stop)
+    heads[engine.pid] = engine.name
     return engine.url
 
 

@@ -15,6 +15,7 @@ from sage_bench.config import RunConfig
 from sage_bench.results.devices import device_facts
 from sage_bench.results.manifest import (
     EngineFact,
+    HostFact,
     LoadFact,
     Manifest,
     PolicyFact,
@@ -67,9 +68,11 @@ def write_live_manifest(
     price_per_h: float | None = None,
     generator: Mapping[str, Any] | None = None,
     invalid: Sequence[str] = (),
+    host: HostFact | None = None,
 ) -> Manifest:
     """What a simulated run's says, from a gateway's life; "failed" whatever ``status`` says if its control plane broke.
-    versions, round_trips (ns): of the engines, by URL. generator: what the load generator measured of itself. OutputError."""
+    versions, round_trips (ns): of the engines, by URL. generator: what the load generator measured of itself. host: what was
+    sampled of the machine. OutputError."""
     return write_manifest(
         folder,
         experiment=config.name,
@@ -115,4 +118,5 @@ def write_live_manifest(
         ),
         generator=generator,
         invalid=tuple(invalid),
+        host=host,
     )

@@ -100,6 +100,7 @@ ADAPTERS: Final[Mapping[str, Adapter]] = {
             running="trtllm_num_requests_running",
             waiting="trtllm_num_requests_waiting",
             kv_used="trtllm_kv_cache_utilization",
+            cache_info="trtllm_cache_config_info",
         ),
         Adapter(
             "llamacpp",

@@ -6,6 +6,7 @@ LLM task is a request of its own, because the engine batches those itself, itera
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,8 +31,13 @@ JSON: Final[tuple[tuple[bytes, bytes], ...]] = ((b"content-type", b"application/
 IDLE_S: Final = 4.0
 """vLLM closes a connection that was idle for 5 s."""
 
-NOT_THE_CLIENT: Final = frozenset({401, 403, 407, 408, 425, 429})
-"""Of the 4xx, those that blame the gateway's own key or the moment, not the request."""
+READ_GAP_S: Final = 0.005
+"""Least time between two looks at which prompts should have been read."""
+
+_READ: Final = (Nanos(0), 0)
+
+NOT_THE_CLIENT: Final = frozenset({401, 403, 407, 408, 424, 425, 429})
+"""Of the 4xx, those that blame the gateway's own key, the moment or (424: TEI) the engine's own backend, not the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,10 @@ class HttpEngine:
         """Since when it has nothing to do, where that is so."""
         self.pace = Pace()
         self._calls = calls
+        self._unread: dict[int, tuple[Nanos, int]] = {}
+        """Of tasks whose answer comes as a whole: when their prompt should have been read, and its tokens."""
+        self._unread_tokens = 0
+        self._read_timer: asyncio.TimerHandle | None = None
 
     # --- a backend ------------------------------------------------------------------------------------------------
 
@@ -153,6 +163,7 @@ class HttpEngine:
                         self.unsendable(task.task, call, error)
         else:
             flight = self.flights.pop(command.task, None)
+            self._forget_unread(command.task)
             if flight is not None:
                 flight.forget(command.task)
                 self._check_idle()
@@ -195,6 +206,8 @@ class HttpEngine:
                     "The engine stopped answering, and the request could not be retried."
                 )
         self.flights.clear()
+        self._unread.clear()
+        self._unread_tokens = 0
 
     # --- exchanges ------------------------------------------------------------------------------------------------
 
@@ -209,6 +222,8 @@ class HttpEngine:
             body = with_field(body, b"priority", task.priority * self.adapter.priority)
         flight = (_Stream if call.stream else _Whole)(self, task.task, call)
         self._fly(flight, task.task, call)
+        if not call.stream:
+            self._expect_read(task)
         flight.exchange = self.pool.send("POST", call.path, _headers(call), body, flight)
 
     def _call_of(self, task: Task) -> Call | None:
@@ -281,9 +296,34 @@ class HttpEngine:
         call.tail = b""
         self.flights[task] = flight
 
+    def _expect_read(self, task: Task) -> None:
+        """Its first token will not be seen, and until then a policy takes its prompt for one that the engine has still to
+        read. So the plane is told when that should be over by what the engine says of itself, prompts before it included."""
+        self._unread_tokens += task.input_tokens
+        takes_ns = self.spec.fixed_ns + self.spec.input_token_ns * self._unread_tokens
+        self._unread[task.task] = Nanos(self.now() + round(takes_ns)), task.input_tokens
+        if self._read_timer is None:
+            self._wait_for_reading(takes_ns)
+
+    def _wait_for_reading(self, ns: float) -> None:
+        self._read_timer = asyncio.get_running_loop().call_later(max(ns / 1e9, READ_GAP_S), self._on_read)
+
+    def _on_read(self) -> None:
+        self._read_timer = None
+        now = self.now()
+        for task in [task for task, (at, _) in self._unread.items() if at <= now]:
+            self._forget_unread(task)
+            self.post(e.TokensProduced(task, 0))
+        if self._unread:
+            self._wait_for_reading(min(at for at, _ in self._unread.values()) - now)
+
+    def _forget_unread(self, task: int) -> None:
+        self._unread_tokens -= self._unread.pop(task, _READ)[1]
+
     def landed(self, task: int) -> None:
         """An exchange of this task is over."""
         self.flights.pop(task, None)
+        self._forget_unread(task)
         self.served += 1
         self.heard_ns = self.now()
         self._check_idle()
@@ -317,6 +357,7 @@ class HttpEngine:
         refusal = errors.bad_request(f"The body cannot be passed on to an engine: {error}", code="invalid_json")
         call.verdict = (refusal.status, refusal.body())
         self.flights.pop(task, None)
+        self._forget_unread(task)
         self.post(e.TaskFailed(task, "a body that cannot be passed on", False))
 
     def broke(self, task: int, call: Call, error: UpstreamError) -> None:

@@ -1,7 +1,8 @@
 """Record HTTP exchanges with the real engines of this machine, byte for byte, for adapters to be tested against.
 
 ``.venv/bin/python tools/record_exchanges.py vllm`` (or ``llamacpp``) starts the engines, asks each the questions below
-and writes one JSON file for each into ``tests/live/exchanges/<engine>-<version>/``:
+and writes one JSON file for each into ``tests/live/exchanges/<engine>-<version>/``. An engine that needs another environment
+is started by hand: ``record_exchanges.py infinity VERSION URL`` asks the one that is there, which serves MiniLM as minilm.
 
 * ``request``: everything that was sent, as text;
 * ``response``: a list of ``[milliseconds since the request was sent, what one read of the socket returned]``.
@@ -19,9 +20,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import live_engines
 
@@ -154,33 +157,59 @@ ENGINES: Final[Mapping[str, Mapping[str, Sequence[Question]]]] = {
         ),
         "llamacpp-embeddings": EMBEDDINGS,
     },
+    "infinity": {
+        "minilm": (
+            get("health", "/health"),
+            *(replace(question, path=question.path.removeprefix("/v1")) for question in EMBEDDINGS),
+            Question("error-bad-json", "/embeddings", b'{"model": "minilm", "input": ['),
+            Question("error-with-the-usual-prefix", "/v1/embeddings", {"input": "hello"}),
+        ),
+    },
 }
 
 
 def main(engine: str) -> None:
     """Record everything of ``engine``, replacing what was recorded of the same version before."""
     version = live_engines.version(engine)
-    folder = EXCHANGES / f"{engine}-{version}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = emptied(engine, version)
     logs = live_engines.ROOT / ".sage/logs/live"
     started = [live_engines.start(recipe, core % 2, logs) for core, recipe in enumerate(ENGINES[engine])]
     try:
         for running in started:
             running.wait()
             for question in ENGINES[engine][running.name]:
-                request = encode(question, running.model)
-                response = [[ms, data.decode("latin-1")] for ms, data in answer(running, question, request)]
-                recorded = {
-                    "engine": f"{engine} {version}",
-                    "request": request.decode("latin-1"),
-                    "response": response,
-                }
-                (folder / f"{question.name}.json").write_text(json.dumps(recorded, indent=1) + "\n")
-                print(f"{folder.name}/{question.name}: {str(response[0][1]).splitlines()[0]}")
+                record(folder, question, running.model, lambda sent: answer(running, question, sent))  # noqa: B023
     finally:
         for running in started:
             running.stop()
+
+
+def main_there(engine: str, version: str, url: str) -> None:
+    """The same of an engine that somebody has started."""
+    folder = emptied(engine, version)
+    port = urlsplit(url).port
+    assert port is not None
+    for model, questions in ENGINES[engine].items():
+        for question in questions:
+            record(folder, question, model, lambda sent: ask(port, sent))
+
+
+def emptied(engine: str, version: str) -> Path:
+    folder = EXCHANGES / f"{engine}-{version}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def record(
+    folder: Path, question: Question, model: str, asked: Callable[[bytes], Iterator[tuple[float, bytes]]]
+) -> None:
+    """Ask one question and write its file."""
+    request = encode(question, model)
+    response = [[ms, data.decode("latin-1")] for ms, data in asked(request)]
+    recorded = {"engine": folder.name.replace("-", " ", 1), "request": request.decode("latin-1"), "response": response}
+    (folder / f"{question.name}.json").write_text(json.dumps(recorded, indent=1) + "\n")
+    print(f"{folder.name}/{question.name}: {str(response[0][1]).splitlines()[0]}")
 
 
 def encode(question: Question, model: str) -> bytes:
@@ -228,6 +257,9 @@ def complete(response: bytes) -> bool:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in ENGINES:
-        raise SystemExit(f"usage: tools/record_exchanges.py {'|'.join(ENGINES)}")
-    main(sys.argv[1])
+    if len(sys.argv) not in (2, 4) or sys.argv[1] not in ENGINES:
+        raise SystemExit(f"usage: tools/record_exchanges.py {'|'.join(ENGINES)} [VERSION URL]")
+    if len(sys.argv) == 4:
+        main_there(*sys.argv[1:])
+    else:
+        main(sys.argv[1])

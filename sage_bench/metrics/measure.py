@@ -119,6 +119,7 @@ def _overall(run: Run, requests: pd.DataFrame, window: Window) -> dict[str, floa
     control_ns = run.manifest.control_s * 1e9 / len(requests)
     row["control_ns_per_request"] = control_ns
     row["control_overhead"] = control_ns / float(counted["e2e_ns"].mean())  # NaN where nothing was responded
+    row |= _host(run, window)
     price, duration_s = run.manifest.price_per_h, run.manifest.duration_ns / SECOND
     row |= _per_work("cost", math.nan if price is None else price * window.makespan_s / 3600, counted)
     # What engines did is known of the run as a whole, so its work is that of all rows, warm-up and cool-down included.
@@ -127,6 +128,22 @@ def _overall(run: Run, requests: pd.DataFrame, window: Window) -> dict[str, floa
     row["power_w"] = joules / duration_s if duration_s else math.nan
     if run.has("tasks"):
         row |= _tasks(run, requests, window)
+    return row
+
+
+def _host(run: Run, window: Window) -> dict[str, float]:
+    """Shares of CPU time from the samples of a live run, NaN where there are none."""
+    host = run.frame("host", ("at_ns", "what", "cpu_cores")) if run.has("host") else None
+    row: dict[str, float] = {}
+    for what in ("machine", "gateway", "generator"):
+        mean = most = math.nan
+        if host is not None:
+            during = host["at_ns"].between(window.start_ns, window.arrivals_end_ns)
+            shares = host[during & (host["what"] == what)]["cpu_cores"]
+            if len(shares):
+                whole = run.manifest.hardware.cores if what == "machine" else 1
+                mean, most = float(shares.mean()) / whole, float(shares.max()) / whole
+        row |= {f"{what}_cpu_mean": mean, f"{what}_cpu_max": most}
     return row
 
 

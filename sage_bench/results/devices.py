@@ -63,7 +63,9 @@ def _device(number: int, group: DeviceConfig, profiles: Mapping[str, Profile]) -
     if group.disaggregated is not None and len({each.count for each in of}) > 1:
         busy = 0
     power, why = _power(names, count, busy)
-    return DeviceFact(number, group.node, names[0] if len(names) == 1 else None, count, power, why, price_of(group, profiles))
+    return DeviceFact(
+        number, group.node, names[0] if len(names) == 1 else None, count, power, why, price_of(group, profiles)
+    )
 
 
 def _power(names: list[str], count: int, busy: int) -> tuple[PowerFact | None, str | None]:

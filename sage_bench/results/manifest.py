@@ -145,6 +145,15 @@ class DeviceFact(msgspec.Struct, frozen=True):
     price_per_h: float | None
 
 
+class HostFact(msgspec.Struct, frozen=True):
+    """What was sampled of the machine during a live run (``host.parquet``), every ``interval_s``. no_gpu: why there are no
+    samples of a GPU, null where there are."""
+
+    interval_s: float
+    gpus: int
+    no_gpu: str | None
+
+
 class Timing(msgspec.Struct, frozen=True):
     """The run in the time of the machine it ran on. started_at: ISO 8601, UTC. load_average: when it started, over 1, 5
     and 15 minutes."""
@@ -184,7 +193,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     one comparison. ``warmup_ns`` to ``cooldown_at_ns`` is the window that counts; ``duration_ns`` is the last instant of
     the run. ``digest`` is that of the last of ``steps`` (hex, see ``sage_core.log``); ``control_s`` is time spent inside
     the plane. ``price_per_h`` is that of the whole cluster (USD/h), null if unpriced. Of a live run: its ``engines``; what the load
-    ``generator`` measured of itself; and why the run is ``invalid``, where it is."""
+    ``generator`` measured of itself; why the run is ``invalid``, where it is; and what was sampled of the ``host``."""
 
     format: int = FORMAT
     experiment: str
@@ -216,6 +225,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     engines: tuple[EngineFact, ...] = ()
     generator: dict[str, Any] | None = None
     invalid: tuple[str, ...] = ()
+    host: HostFact | None = None
 
 
 def write_manifest(
@@ -247,6 +257,7 @@ def write_manifest(
     engines: tuple[EngineFact, ...] = (),
     generator: Mapping[str, Any] | None = None,
     invalid: tuple[str, ...] = (),
+    host: HostFact | None = None,
     network: str | None = None,
     checkout: Path | None = None,
 ) -> Manifest:
@@ -290,6 +301,7 @@ def write_manifest(
         engines=engines,
         generator=None if generator is None else dict(generator),
         invalid=invalid,
+        host=host,
     )
     path = folder / NAME
     partial = path.with_suffix(".json.partial")

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sage_bench.results.manifest import NAME, Manifest, read_manifest
-from sage_bench.results.schema import REPLICAS, REQUESTS, STEPS, TASKS
+from sage_bench.results.schema import HOST, REPLICAS, REQUESTS, STEPS, TASKS
 from sage_core.errors import DataError
 
-TABLES: Final = {"requests": REQUESTS, "tasks": TASKS, "replicas": REPLICAS, "steps": STEPS}
+TABLES: Final = {"requests": REQUESTS, "tasks": TASKS, "replicas": REPLICAS, "steps": STEPS, "host": HOST}
 
 
 class Run:

@@ -7,8 +7,10 @@ requests.parquet    one row per request that arrived
 tasks.parquet       one row per dispatched task (attempts are tasks of their own)
 replicas.parquet    reports of the replicas, as the plane saw them
 steps.parquet       the log: what ``sage replay`` re-decides
+host.parquet        who used the machine, once a second; of live runs alone
 manifest.json       what is needed to run it again: configuration, seeds, versions, hardware, checksums
 config.yaml         the composed configuration
+sources.sha256      digest of the code that ran it (sage_bench/sweep/sources.py): what a sweep takes for done
 ==================  ==================================================================================================
 
 Instants and spans are integer nanoseconds; instants count from the start of the run. A null instant did not happen.
@@ -48,7 +50,10 @@ REQUESTS = pa.schema(
         ("node", _LABEL),
         ("queue_ns", pa.int64()),  # time its tasks spent queued in the plane, summed
         ("ttft_ns", pa.int64()),
-        ("tpot_ns", pa.float64()),  # (e2e - ttft) / (tokens of that stage - 1); null below 2 tokens, or where all came at once (not streamed)
+        (
+            "tpot_ns",
+            pa.float64(),
+        ),  # (e2e - ttft) / (tokens of that stage - 1); null below 2 tokens, or where all came at once (not streamed)
         ("e2e_ns", pa.int64()),  # null unless responded
         ("ttft_ok", pa.bool_()),  # null: no such objective. Requests that did not respond are false, never null.
         ("tpot_ok", pa.bool_()),
@@ -101,5 +106,16 @@ STEPS = pa.schema(
         ("now", pa.int64()),
         ("events", pa.binary()),  # MessagePack array of tagged events
         ("digest", pa.binary(16)),  # of the commands, chained over the run
+    ]
+)
+
+HOST = pa.schema(
+    [
+        ("at_ns", pa.int64()),
+        ("what", _LABEL),  # machine, generator, gateway, an engine that the run started, gpu0, gpu1, ...
+        ("cpu_cores", pa.float64()),  # CPU time over the time since the sample before; null for a GPU
+        ("memory_bytes", pa.int64()),  # resident, of all its processes; of the machine: what is not available
+        ("gpu_share", pa.float64()),  # of the time in which some kernel ran
+        ("power_w", pa.float64()),
     ]
 )

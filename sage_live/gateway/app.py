@@ -449,7 +449,7 @@ def _sources(service: InferenceService, log: AccessLog | None) -> Sources:
     return Sources(
         policy=lambda: service.policy,
         live_requests=lambda: driver.live,
-        queue_depth=lambda: {"all": driver.plane.tasks_queued},
+        queue_depth=driver.plane.queue_depths,
         engines=engines,
         steps=lambda: driver.steps,
         control_ns=lambda: driver.control_ns,

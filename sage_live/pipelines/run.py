@@ -44,6 +44,8 @@ from sage_live.wire import COUNT_MAX
 
 _encode = msgspec.json.Encoder().encode
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)\}")
+_DATA: Final = b"data: "
+_OBJECT: Final = b"data: {"
 _DONE: Final = b"data: [DONE]\n\n"
 
 
@@ -251,18 +253,14 @@ class PipelineRun:
         if streamed is not None:
             outer.reply_type = streamed.reply_type
             outer.first_token_ns = streamed.first_token_ns
-            outer.tail = self.with_sources(streamed.tail)
+            outer.tail = self.events(streamed.tail)
             return
         stages = self._pipeline.pipeline
         result = self.value(stages.stages[stages.output].name)
         self._use(result)
         text = values.text(result)
         head = {"id": f"chatcmpl-{outer.request}", "created": 0, "model": outer.model}
-        usage = {
-            "prompt_tokens": outer.prompt_tokens,
-            "completion_tokens": outer.output_tokens,
-            "total_tokens": outer.prompt_tokens + outer.output_tokens,
-        }
+        usage = _usage(outer.prompt_tokens, outer.output_tokens)
         if outer.stream:
             choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             head["object"] = "chat.completion.chunk"
@@ -270,7 +268,7 @@ class PipelineRun:
             if outer.usage_asked:
                 chunks.append({**head, "choices": [], "usage": usage})
             outer.reply_type = b"text/event-stream"
-            outer.tail = self.with_sources(b"".join(b"data: %b\n\n" % _encode(each) for each in chunks) + _DONE)
+            outer.tail = self._with_sources(b"".join(b"data: %b\n\n" % _encode(each) for each in chunks) + _DONE)
             return
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         reply = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
@@ -278,8 +276,27 @@ class PipelineRun:
             reply["sources"] = list(self._sources)
         outer.reply, outer.reply_type = _encode(reply), b"application/json"
 
-    def with_sources(self, data: bytes) -> bytes:
-        """Events of a stream; the last of them follows one that names the documents."""
+    def events(self, data: bytes) -> bytes:
+        """Events of the engine that answers, as those of the pipeline; the last of them follows one with the sources."""
+        return self._with_sources(b"\n\n".join(map(self._event, data.split(b"\n\n"))))
+
+    def _event(self, event: bytes) -> bytes:
+        """Under the request's id and the pipeline's name; tokens are those of all stages."""
+        if not event.startswith(_OBJECT):
+            return event
+        try:
+            fields: dict[str, Any] = msgspec.json.decode(event[len(_DATA) :])
+        except (msgspec.DecodeError, UnicodeDecodeError):  # the client may make more of it
+            return event
+        fields |= {"id": f"chatcmpl-{self._call.request}", "model": self._call.model}
+        if isinstance(usage := fields.get("usage"), dict):
+            before = [call for call in self._calls.values() if call is not self._streamed]
+            prompts = usage.get("prompt_tokens", 0) + sum(call.prompt_tokens for call in before)
+            outputs = usage.get("completion_tokens", 0) + sum(call.output_tokens for call in before)
+            fields["usage"] = _usage(prompts, outputs)
+        return _DATA + _encode(fields)
+
+    def _with_sources(self, data: bytes) -> bytes:
         at = 0 if data.startswith(_DONE) else data.rfind(b"\n" + _DONE) + 1
         if not self._sources or (at == 0 and not data.startswith(_DONE)):
             return data
@@ -313,7 +330,7 @@ class _Streamed(_Nobody):
         self._outer.answer.begin(content_type)
 
     def piece(self, data: bytes) -> None:
-        self._outer.answer.piece(self._run.with_sources(data))
+        self._outer.answer.piece(self._run.events(data))
 
 
 class _Through:
@@ -347,6 +364,14 @@ class _Data(msgspec.Struct):
 class _Reply(msgspec.Struct):
     choices: list[_Choice] = []
     data: list[_Data] = []
+
+
+def _usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }
 
 
 def _result(name: str, call: Call) -> Value:

@@ -1,4 +1,4 @@
-"""An index on disk: a folder with ``manifest.json`` and the two files that it names.
+"""An index on disk: a folder with ``manifest.json`` and the files that it names.
 
 Files have names of their own content, and the manifest comes last, by a rename: whoever reads finds the old index or the
 new one, whole, whenever a writer was stopped. What no manifest names any more is removed after that.

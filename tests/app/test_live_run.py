@@ -18,8 +18,10 @@ import pytest
 from sage_bench import live
 from sage_bench.config import composed
 from sage_bench.live import LiveResult, run_live
+from sage_bench.metrics.measure import measure
 from sage_bench.replaying import replay_run
 from sage_bench.results.manifest import read_manifest
+from sage_bench.results.reader import Run
 from sage_bench.run import run
 from sage_bench.validate.live import validate_run
 from sage_bench.validate.twin import twin
@@ -251,6 +253,23 @@ def test_an_engine_that_is_killed_is_told(tmp_path: Path, sage_started: Callable
     assert states[0]["state"] == "healthy" and "ejected" in [each["state"] for each in states]
 
 
+def test_a_run_in_which_every_request_failed_is_no_measurement(
+    tmp_path: Path, sage_started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    serving = ["--emulate", "llama-3.1-8b-h100-tp1", "--model", "llm", "--embed-profile", "bge-m3-l4"]
+    engine = sage_started("llm", "serve", *serving, "--embed-model", "embed", "--port", "0", "--fail-rate", "1")
+    assert engine.stdout is not None
+    url = engine.stdout.readline().split()[0]
+    given = [*SHORT, "driver=live", f"driver.engines=[{url},{url}]", "load.duration_s=1", "warmup_s=0"]
+    process = sage_started("run", *given, f"results={tmp_path}")
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == EngineError.exit_code, out + err
+    assert "every request failed" in err and "status_502" in err and "done" not in out and "Traceback" not in err
+    (folder,) = (tmp_path / "run").iterdir()
+    assert read_manifest(folder).status == "failed"
+    assert pd.read_parquet(folder / "requests.parquet")["outcome"].eq("failed").all()
+
+
 def test_a_policy_that_breaks_ends_the_run(tmp_path: Path, sage_started: Callable[..., subprocess.Popen[str]]) -> None:
     (tmp_path / "mine.py").write_text(BREAKING)
     args = (
@@ -308,3 +327,21 @@ def _children_when_sending(process: subprocess.Popen[str]) -> list[psutil.Proces
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     raise AssertionError("it never sent anything")
+
+
+def test_who_used_the_machine_was_sampled(done: LiveResult) -> None:
+    run = Run(done.folder)
+    host = run.frame("host")
+    assert set(host["what"]) == {"machine", "generator", "gateway", "engine-0", "engine-1", "sampler"}
+    fact = run.manifest.host
+    assert fact is not None and fact.interval_s == 1.0
+    assert (fact.gpus == 0) == (fact.no_gpu is not None)
+    assert host["memory_bytes"].gt(1_000_000).all() and host["cpu_cores"].ge(0).all()
+    machine = host[host["what"] == "machine"].set_index("at_ns")
+    assert machine.index.to_series().diff().dropna().between(0.5e9, 3e9).all()
+    whole = measure(run).iloc[0]
+    assert whole["machine_cpu_max"] <= 1.05 and 0 < whole["gateway_cpu_mean"] <= whole["gateway_cpu_max"]
+    # The gateway's samples and what the kernel says that it took for the plane alone are of one scale.
+    assert host.loc[host["what"] == "gateway", "cpu_cores"].sum() > 0.5 * run.manifest.control_s
+    assert not (done.folder / "host-samples.jsonl").exists()
+    assert run.manifest.outputs["host.parquet"].rows == len(host)

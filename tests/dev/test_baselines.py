@@ -129,6 +129,16 @@ def test_the_microservices_answer_with_sources_and_pass_failures_on(engine: str,
             assert status == 502 and nobody in answer["error"]
 
 
+def test_the_declared_form_and_the_script_send_the_same_prompt(engine: str, index: Path) -> None:
+    """What an emulated engine answers, and at what length, is decided by the prompt: what is compared is not the luck of it."""
+    engines = [f"{engine},model=llm,pool=llm", f"{engine},model=embed,kind=embedding,pool=embed"]
+    overrides = ["pipeline=rag", f"+driver.indexes.docs={index}"]
+    with UnifiedInferenceClient.create(engines=engines, overrides=overrides) as client:
+        declared = [client.chat(text, model="rag", max_tokens=128).text for text in TEXTS[:3]]
+    done = script("--index", str(index), "--embed-url", engine, "--llm-url", engine, "--llm-model", "llm", *TEXTS[:3])
+    assert [each.splitlines()[1] for each in done.stdout.strip().split("\n\n")] == declared
+
+
 def test_a_service_says_which_key_is_unknown() -> None:
     command = [sys.executable, str(SERVICES / "front.py"), str(SERVICES / "front.yaml"), "prot=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -1,6 +1,8 @@
-"""What engines really said (``tests/live/exchanges``), through the gateway: each recorded answer reaches the client as it was.
+"""What engines said, through the gateway: each answer reaches the client as it was.
 
-A socket plays the recorded bytes, with the reads at which they came; the gateway in front of it is real.
+``tests/live/exchanges`` was recorded from real engines; ``tests/live/documented`` has the shapes that the documentation of
+others states, which do not run here. A socket plays the bytes, with the reads at which they came (or might come); the gateway
+in front of it is real.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from sage_live.wire import without_usage
 
 EXCHANGES = Path(__file__).parent / "exchanges"
 ENGINES = {folder.name: folder.name.partition("-")[0] for folder in sorted(EXCHANGES.iterdir())}
-PATHS = (CHAT, COMPLETIONS, EMBEDDINGS)
+DOCUMENTED = sorted((Path(__file__).parent / "documented").glob("*.json"))
 
 
 class Parsed:
@@ -64,24 +66,42 @@ class Parsed:
 
 
 class Exchange:
-    """One recording."""
+    """What an engine is asked and says. reads: of the socket, one after another."""
 
-    def __init__(self, folder: str, file: Path) -> None:
+    def __init__(self, engine: str, name: str, path: str, asked: str, reads: list[bytes]) -> None:
+        self.engine = engine
+        self.name = name
+        self.path = path
+        self.asked = asked
+        self.reads = reads
+        self.answer = Parsed(b"".join(reads))
+
+    @classmethod
+    def recorded(cls, folder: str, file: Path) -> Exchange:
         recorded = json.loads(file.read_text())
-        self.engine = ENGINES[folder]
-        self.name = f"{folder}/{file.stem}"
-        self.path = recorded["request"].split(" ")[1]
-        self.asked = recorded["request"].partition("\r\n\r\n")[2]
-        self.reads = [data.encode("latin-1") for _, data in recorded["response"]]
-        self.answer = Parsed(b"".join(self.reads))
+        head, _, asked = recorded["request"].partition("\r\n\r\n")
+        reads = [data.encode("latin-1") for _, data in recorded["response"]]
+        return cls(ENGINES[folder], f"{folder}/{file.stem}", head.split(" ")[1], asked, reads)
+
+    @classmethod
+    def documented(cls, engine: str, given: dict[str, Any]) -> Exchange:
+        body = "".join(given["reads"]).encode()
+        kind = "text/event-stream" if body.startswith(b"data: ") else "application/json"
+        head = f"HTTP/1.1 {given['status']} Documented\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
+        reads = [head.encode(), *(read.encode() for read in given["reads"])]
+        return cls(engine, f"{engine} (documented)/{given['name']}", given["path"], "", reads)
 
     @property
     def streamed(self) -> bool:
         return self.answer.headers.get("content-type", "").startswith("text/event-stream")
 
 
-EVERY = [Exchange(folder, file) for folder in ENGINES for file in sorted((EXCHANGES / folder).glob("*.json"))]
-INFERENCE = [exchange for exchange in EVERY if exchange.path in PATHS]
+EVERY = [Exchange.recorded(folder, file) for folder in ENGINES for file in sorted((EXCHANGES / folder).glob("*.json"))]
+INFERENCE = [
+    exchange for exchange in EVERY if exchange.path in (CHAT, COMPLETIONS, adapter(exchange.engine).embeddings)
+] + [
+    Exchange.documented(file.stem, given) for file in DOCUMENTED for given in json.loads(file.read_text())["exchanges"]
+]
 
 
 @asynccontextmanager
@@ -106,7 +126,7 @@ async def playing(exchange: Exchange) -> AsyncIterator[int]:
 
 def body_for(exchange: Exchange, usage: bool) -> dict[str, Any]:
     """A request that would get such an answer."""
-    if exchange.path == EMBEDDINGS:
+    if exchange.path.endswith("/embeddings"):
         return embedding()
     more: dict[str, Any] = {"stream": exchange.streamed}
     if usage:
@@ -135,7 +155,8 @@ def test_a_recorded_answer_reaches_the_client(exchange: Exchange, usage: bool) -
             specs = [llm_spec(port, adapter=name), embed_spec(port, adapter=name)]
             health = HealthConfig(interval_s=5.0, scrape_s=5.0, errors_max=1000)
             async with serving(specs, health=health) as served:
-                reply = await ask(served.port, exchange.path, body_for(exchange, usage))
+                path = EMBEDDINGS if exchange.path.endswith("/embeddings") else exchange.path
+                reply = await ask(served.port, path, body_for(exchange, usage))
                 answer = exchange.answer
                 if b'data: {"error"' in answer.body:
                     intact = answer.body.partition(b'data: {"error"')[0]
@@ -143,8 +164,10 @@ def test_a_recorded_answer_reaches_the_client(exchange: Exchange, usage: bool) -
                     assert reply.events[-1]["error"]["code"] == "upstream_failed"
                     assert served.service.driver.plane.counts.failed == 1
                     return
-                if answer.status >= 500:  # llama.cpp blames itself for some of its clients' errors
-                    assert reply.status == 502
+                if (
+                    answer.status in (424, 429) or answer.status >= 500
+                ):  # llama.cpp blames itself for its clients' errors
+                    assert reply.status == (503 if answer.status == 429 else 502)
                     assert served.service.driver.plane.counts.retries == 2
                     return
                 assert (reply.status, reply.whole) == (answer.status, True)
@@ -157,7 +180,7 @@ def test_a_recorded_answer_reaches_the_client(exchange: Exchange, usage: bool) -
                 if answer.status == 200:
                     (finished,) = served.heard(e.TaskFinished)
                     counted = usage_of(answer.body)
-                    if exchange.path == EMBEDDINGS:
+                    if exchange.path.endswith("/embeddings"):
                         assert finished.output_tokens == 0
                     elif counted is not None:
                         assert finished.output_tokens == counted["completion_tokens"]
@@ -192,6 +215,8 @@ def test_health_and_metrics_are_where_the_adapter_looks(folder: str) -> None:
     engine = adapter(ENGINES[folder])
     health = by_name[f"{folder}/health"]
     assert (health.path, health.answer.status) == (engine.health, 200)
+    if not engine.reports:
+        return
     metrics = by_name[f"{folder}/metrics"]
     assert metrics.path == engine.metrics
     load = engine.load(metrics.answer.body.decode())
@@ -203,12 +228,17 @@ def test_health_and_metrics_are_where_the_adapter_looks(folder: str) -> None:
 
 def test_load_is_read_from_other_engines_metrics() -> None:
     """After their documentation: none of these was recorded."""
-    sglang = 'sglang:num_running_reqs{model_name="m"} 3.0\nsglang:num_queue_reqs{model_name="m"} 1.0\nsglang:token_usage{model_name="m"} 0.28\n'
-    assert adapter("sglang").load(sglang) == Load(3, 1, 0.28)
-    trtllm = "trtllm_num_requests_running 3.0\ntrtllm_num_requests_waiting 2.0\ntrtllm_kv_cache_utilization 0.5\n"
-    assert adapter("trtllm").load(trtllm) == Load(3, 2, 0.5)
-    assert adapter("tei").load("te_queue_size 7\n") == Load(None, 7)
+    expected = {"sglang": Load(3, 1, 0.28), "trtllm": Load(3, 2, 0.5, 5000, 160_000), "tei": Load(None, 7)}
+    found = {file.stem: adapter(file.stem).load(json.loads(file.read_text())["metrics"]) for file in DOCUMENTED}
+    assert found == expected
     assert adapter("openai").load("anything 1\n") == Load()
+
+
+@pytest.mark.parametrize("file", DOCUMENTED, ids=lambda file: file.stem)
+def test_what_is_documented_says_so_and_where(file: Path) -> None:
+    documented = json.loads(file.read_text())
+    assert "nothing was recorded" in documented["documented"]
+    assert documented["sources"] and all(source.startswith("https://") for source in documented["sources"])
 
 
 def test_ranks_add_up_and_fractions_are_averaged() -> None:

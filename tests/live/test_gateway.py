@@ -249,6 +249,8 @@ def test_metrics_count_what_happened() -> None:
             assert got["gen_ai_server_request_duration_seconds_count", ""] == 6
             assert got["sage_engine_healthy", ""] == 2
             assert got["sage_live_requests", ""] == got["sage_queue_depth", ""] == 0
+            for pool in (LLM, EMBED):
+                assert f'sage_queue_depth{{pool="{pool}"}} 0' in reply.body.decode()
             assert got["sage_idle_dispatch_seconds_count", ""] == 6
 
     run(main())

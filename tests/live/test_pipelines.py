@@ -147,6 +147,44 @@ def test_a_streamed_answer_comes_in_pieces_and_names_its_sources_before_its_end(
     run(main())
 
 
+def test_a_streamed_answer_is_the_pipelines_and_counts_the_tokens_of_all_stages() -> None:
+    async def main() -> None:
+        stages = {
+            "draft": {"op": "chat", "prompt": "draft {request}", "output_tokens_max": 5},
+            "answer": {"op": "chat", "prompt": "{draft}", "output_tokens_max": 8},
+        }
+        async with gateway(pipelines=[pipeline(stages, "answer")]) as (serving, _):
+            whole = await ask(serving.port, CHAT, body())
+            reply = await ask(serving.port, CHAT, body(stream=True, stream_options={"include_usage": True}))
+            *events, counted, done = reply.events
+            assert done == "[DONE]" and reply.whole
+            assert {each["model"] for each in (*events, counted)} == {"flow"} == {whole.json["model"]}
+            assert {each["id"] for each in (*events, counted)} == {"chatcmpl-1"}
+            assert counted["usage"] == whole.json["usage"] and counted["usage"]["completion_tokens"] == 5 + 8
+            assert all(not each.get("usage") for each in events)
+            told = "".join(each["choices"][0]["delta"].get("content") or "" for each in events)
+            assert told == whole.json["choices"][0]["message"]["content"]
+
+    run(main())
+
+
+def test_an_answer_that_no_engine_streams_is_one_event() -> None:
+    async def main() -> None:
+        stages = {
+            "answer": {"op": "chat", "prompt": "{request}", "output_tokens_max": 8},
+            "loud": {"op": "map", "of": "answer", "function": here("shout")},
+        }
+        async with gateway(pipelines=[pipeline(stages, "loud")]) as (serving, _):
+            whole = await ask(serving.port, CHAT, body())
+            reply = await ask(serving.port, CHAT, body(stream=True, stream_options={"include_usage": True}))
+            told, counted, done = reply.events
+            assert done == "[DONE]" and reply.whole and told["model"] == "flow"
+            assert told["choices"][0]["delta"]["content"] == whole.json["choices"][0]["message"]["content"]
+            assert counted["usage"] == whole.json["usage"]
+
+    run(main())
+
+
 def test_many_at_once_each_gets_its_own() -> None:
     async def main() -> None:
         stages = {

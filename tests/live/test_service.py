@@ -30,6 +30,7 @@ from gateway_harness import (
     gateway,
     is_openai_error,
     llm_spec,
+    plane_of,
     raw_engine,
     run,
     scripted,
@@ -42,6 +43,7 @@ from gateway_harness import (
 from sage_core import events as e
 from sage_core.commands import Dispatch
 from sage_core.errors import ConfigError
+from sage_core.replay import replay
 from sage_core.slo import Slo, SloTable
 from sage_core.units import RequestKind
 from sage_live.call import Call
@@ -51,6 +53,45 @@ from sage_live.service import ServiceConfig
 from sage_policies.presets import hybrid
 
 LONG = {"max_tokens": 5000, "min_tokens": 5000}
+
+
+# --- answers that come as a whole -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("input_token_ns", [0.0, 20_000.0], ids=["cost unknown", "cost known"])
+def test_an_engine_fills_up_though_nobody_sees_first_tokens(input_token_ns: float) -> None:
+    """The policy lets half a budget of unread prompts into an engine. Without a stream nobody sees one being read."""
+
+    async def main() -> None:
+        costs = {"batch_tokens_max": 2048, "tasks_max": 16, "input_token_ns": input_token_ns}
+        specs = lambda port: [llm_spec(port, **costs)]  # noqa: E731
+        async with gateway(iteration_s=0.02, specs=specs, policy="hybrid") as (served, engine):
+            body = chat("word " * 800, max_tokens=100, min_tokens=100)  # 1,000 tokens, 2 s and more
+            asking = [asyncio.create_task(ask(served.port, CHAT, body)) for _ in range(12)]
+            await until(lambda: engine.engine.live == 12)
+            assert all(reply.status == 200 for reply in await asyncio.gather(*asking))
+            counts = [event.count for event in served.heard(e.TokensProduced)]
+            assert counts == [0] * 12
+        for mechanism in ("native", "reference"):
+            assert replay(served.log, plane_of("hybrid", mechanism)).divergence is None
+
+    run(main())
+
+
+def test_a_whole_answer_is_tried_again_after_its_prompt_was_read() -> None:
+    """Nothing of it has left for the client."""
+
+    async def main() -> None:
+        async with gateway(iteration_s=0.02, attempts_max=2) as (served, _):
+            asking = asyncio.create_task(ask(served.port, CHAT, chat(max_tokens=50, min_tokens=50)))
+            await until(lambda: served.heard(e.TokensProduced))
+            (watch,) = (each for each in served.service.watches.values() if "llm" in each.engine.name)
+            served.service.driver.post(e.TaskFailed(served.heard(e.TokensProduced)[0].task, "made to fail", True))
+            reply = await asking
+            assert watch.state is State.HEALTHY and reply.status == 200
+            assert served.service.driver.plane.counts.retries == 1
+
+    run(main())
 
 
 # --- who leaves -------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ async def answer(
 
 
 def prompt(question: str, hits: list[Hit]) -> str:
-    passages = "\n\n".join(f"[{n}] {hit.chunk.source}: {hit.chunk.text}" for n, hit in enumerate(hits, 1))
+    passages = "\n\n".join(f"[{hit.chunk.source}] {hit.chunk.text}" for hit in hits)
     return f"{passages}\n\nQuestion: {question}\nAnswer:"
 
 

@@ -12,9 +12,7 @@ def main() -> None:
     engines = Engines(config)
 
     def generate(request: dict[str, Any]) -> dict[str, Any]:
-        passages = "\n\n".join(
-            f"[{n}] {passage['source']}: {passage['text']}" for n, passage in enumerate(request["passages"], 1)
-        )
+        passages = "\n\n".join(f"[{passage['source']}] {passage['text']}" for passage in request["passages"])
         completion = engines.ask(
             lambda engine: engine.chat.completions.create(
                 model=config["model"],

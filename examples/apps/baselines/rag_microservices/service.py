@@ -47,8 +47,12 @@ def serve(config: dict[str, Any], path: str, handle: Handler) -> None:
     """POST a JSON object to ``path``, get one back, until SIGINT or SIGTERM."""
     places = threading.BoundedSemaphore(config["requests_max"])
 
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # connections that wait to be accepted; the default of 5 loses bursts
+
     class Http(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # head and body in one segment, or the second waits for a delayed acknowledgement of the first
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -81,7 +85,7 @@ def serve(config: dict[str, Any], path: str, handle: Handler) -> None:
             if config["log"]:
                 super().log_message(format, *arguments)
 
-    server = ThreadingHTTPServer((config["host"], config["port"]), Http)
+    server = Server((config["host"], config["port"]), Http)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
     print(f"http://{config['host']}:{server.server_port}{path}", flush=True)
