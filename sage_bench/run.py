@@ -27,6 +27,7 @@ from sage_bench.results.manifest import LoadFact, PolicyFact, ReplicaFact, Statu
 from sage_bench.results.native_recorder import NativeRecorder
 from sage_bench.results.recorder import RunRecorder
 from sage_bench.results.writer import StepWriter, output_error
+from sage_bench.sweep import sources
 from sage_core.commands import AnyCommand
 from sage_core.errors import ConfigError
 from sage_core.events import AnyEvent
@@ -43,6 +44,7 @@ from sage_sim.profile import PROFILES
 
 CONFIG_NAME = "config.yaml"
 REASONS_TOLD = 3
+_DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # where PyYAML was built with libyaml: ten times as fast
 
 Tick = Callable[[int, Plane], None]
 
@@ -64,15 +66,34 @@ class RunResult:
         return self.finish.interrupted
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A run whose configuration makes sense; nothing has been written. plain: the configuration as plain data."""
+
+    config: RunConfig
+    plain: dict[str, Any]
+    parts: Parts
+    folder: Path
+
+
+def planned(config: RunConfig, plain: dict[str, Any]) -> Planned:
+    """What a configuration, as :func:`sage_bench.config.checked` gives it, says to run. Raises SageError."""
+    parts = make_parts(config)
+    return Planned(config, plain, parts, Path(config.results) / config.name / run_id(parts, plain))
+
+
 def run(composed: DictConfig | dict[str, Any], overrides: Sequence[str] = (), tick: Tick | None = None) -> RunResult:
     """Run once and write ``results/<name>/<run id>/``. Raises SageError.
 
     On Ctrl-C the partial result is complete in itself: every request has an outcome and the log replays. On an error
     what was written is readable and the manifest says ``failed``.
     """
-    config, plain = checked(composed)
-    parts = make_parts(config)
-    folder = Path(config.results) / config.name / run_id(parts, plain)
+    return run_planned(planned(*checked(composed)), overrides, tick)
+
+
+def run_planned(plan: Planned, overrides: Sequence[str] = (), tick: Tick | None = None) -> RunResult:
+    """:func:`run` of what has been planned, once: a load and a policy have a state."""
+    config, plain, parts, folder = plan.config, plan.plain, plan.parts, plan.folder
     started_at = datetime.now(UTC)
     wall = time.perf_counter()
     load_average = os.getloadavg()
@@ -183,9 +204,13 @@ def _left_profiles(parts: Parts, usage: Mapping[int, ReplicaUsage], replicas: Se
 
 def run_id(parts: Parts, plain: dict[str, Any]) -> str:
     """``<arm, else policy>-s<seed>-<hash>``: the same configuration has the same folder, wherever results go."""
+    return f"{parts.config.arm.name or parts.policy.name}-s{parts.config.seed}-{config_digest(plain)}"
+
+
+def config_digest(plain: Mapping[str, Any]) -> str:
+    """Eight hex digits of the configuration, wherever results go."""
     kept = {key: value for key, value in plain.items() if key != "results"}
-    digest = hashlib.sha256(msgspec.json.encode(kept, order="deterministic")).hexdigest()
-    return f"{parts.config.arm.name or parts.policy.name}-s{parts.config.seed}-{digest[:8]}"
+    return hashlib.sha256(msgspec.json.encode(kept, order="deterministic")).hexdigest()[:8]
 
 
 OUTPUTS: Final = ("requests.parquet", "tasks.parquet", "replicas.parquet", "steps.parquet", "manifest.json")
@@ -200,7 +225,7 @@ def unused(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Take away what :func:`prepare` and a run that came to nothing left in ``folder``; other files stay."""
-    for name in (*OUTPUTS, CONFIG_NAME):
+    for name in (*OUTPUTS, CONFIG_NAME, sources.NAME):
         with contextlib.suppress(OSError):
             (folder / name).unlink()
     with contextlib.suppress(OSError):
@@ -208,12 +233,13 @@ def discard(folder: Path) -> None:
 
 
 def prepare(folder: Path, plain: dict[str, Any]) -> None:
-    """Make the folder and drop what an earlier run of the same configuration left in it."""
+    """Make the folder, drop what an earlier run of the same configuration left in it, and write down what is run by what."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in OUTPUTS:
             (folder / name).unlink(missing_ok=True)
-        (folder / CONFIG_NAME).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(yaml.dump(plain, Dumper=_DUMPER, sort_keys=False), encoding="utf-8")
+        (folder / sources.NAME).write_text(f"{sources.sources_digest(plain)}\n", encoding="ascii")
     except OSError as error:
         raise output_error(folder, error) from error
 

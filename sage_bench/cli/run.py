@@ -25,19 +25,29 @@ from sage_bench.config import told_by_hydra
 from sage_bench.live import LiveResult, run_live
 from sage_bench.results.writer import output_error
 from sage_bench.run import RunResult, run
+from sage_bench.sweep import sweeper
+from sage_bench.sweep.outcome import line_of, notes_of
 from sage_core.errors import ConfigError, SageError
 from sage_core.native_plane import Plane
 
 CONTEXT: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+FLAGS: Final = {"--rerun": "hydra.sweeper.resume=never"}
+"""Flags of ours, and the overrides that they stand for."""
 
 
 def command(context: typer.Context) -> None:
     """Simulate: `sage run GROUP=CHOICE ... key=value ... --multirun`. `sage run --help` lists groups and keys."""
     # Hydra reads sys.argv, and prints its own errors unless it is told to raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    arguments = [FLAGS.get(each, each) for each in context.args]
+    if not any(each.startswith("hydra/sweeper=") for each in arguments):
+        arguments.insert(0, "hydra/sweeper=sage")  # its parser takes no override behind a flag with a value
     # Its parser refuses an override after a flag; the order means nothing to us.
-    sys.argv = [sys.argv[0], *sorted(context.args, key=lambda arg: arg not in ("-m", "--multirun"))]
+    sys.argv = [sys.argv[0], *sorted(arguments, key=lambda arg: arg not in ("-m", "--multirun"))]
     launcher_ray.register()
+    sweeper.register()
+    sweeper.SageSweeper.say, sweeper.SageSweeper.note = staticmethod(_say), staticmethod(_note)
     try:
         _hydra_main()
     except SageError:
@@ -78,36 +88,11 @@ def _job(composed: DictConfig) -> None:
                 raise  # at the end of the sweep, when Hydra says which overrides it was
             status.stop()
             leave(error)
-    for warning in result.warnings:
-        _note(warning)
-    if isinstance(result, LiveResult):
-        for reason in result.summary.invalid:
-            _note(f"INVALID: {reason}; latencies of this run are the generator's as much as the system's")
-        _say(_live_line(result))
-    else:
-        _say(_line(result))
+    for note in notes_of(result):
+        _note(note)
+    _say(line_of(result))
     if result.interrupted:
         raise KeyboardInterrupt
-
-
-def _line(result: RunResult) -> str:
-    counts, finish = result.counts, result.finish
-    state = "interrupted, partial" if finish.interrupted else "done"
-    return (
-        f"{result.folder}: {state}; {counts.arrived:,} requests in {finish.now / 1e9:,.1f} simulated s, "
-        f"{counts.responded:,} responded, {counts.rejected:,} rejected, {counts.cancelled:,} cancelled, "
-        f"{counts.failed:,} failed; {finish.total_s:.2f} CPU s; digest {finish.digest.hex()}"
-    )
-
-
-def _live_line(result: LiveResult) -> str:
-    counts, sent = result.told.counts, result.summary
-    state = "INVALID" if sent.invalid else "interrupted, partial" if result.interrupted else "done"
-    return (
-        f"{result.folder}: {state}; {sent.requests:,} requests at {sent.achieved_rate:,.1f} of {sent.requested_rate:,.1f} "
-        f"req/s, send lag p99 {sent.send_lag_ms_p99:.1f} ms; {counts['responded']:,} responded, {counts['rejected']:,} "
-        f"rejected, {counts['cancelled']:,} cancelled, {counts['failed']:,} failed; digest {result.told.digest}"
-    )
 
 
 def _say(line: str) -> None:

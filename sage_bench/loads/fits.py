@@ -6,6 +6,7 @@ goodness of fit. No row of a trace is shipped.
 
 from __future__ import annotations
 
+import functools
 from importlib import resources
 from typing import Any, Literal
 
@@ -60,6 +61,7 @@ def fit_names() -> list[str]:
     )
 
 
+@functools.cache  # each run of a sweep asks for the same few
 def load_fit(name: str) -> Fit:
     """The shipped fit called ``name``; ConfigError with the known names otherwise."""
     if name not in fit_names():

@@ -52,7 +52,8 @@ def assert_conserved(result: RunResult) -> Manifest:
 class TestFolder:
     def test_files_and_schemas(self, recorded: Path) -> None:
         assert sorted(path.name for path in recorded.iterdir()) == [
-            "config.yaml", "manifest.json", "replicas.parquet", "requests.parquet", "steps.parquet", "tasks.parquet",
+            "config.yaml", "manifest.json", "replicas.parquet", "requests.parquet", "sources.sha256", "steps.parquet",
+            "tasks.parquet",
         ]  # fmt: skip
         for name, schema in (("requests", REQUESTS), ("tasks", TASKS), ("replicas", REPLICAS), ("steps", STEPS)):
             assert pq.read_schema(recorded / f"{name}.parquet").equals(schema), name
