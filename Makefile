@@ -112,6 +112,23 @@ bench-deadlines: install  ## where deadlines by the critical path matter, and wh
 bench-hetero: install  ## embeddings on GPUs, CPUs or both: latency, cost, energy, the crossover -> results/bench/hetero.json
 	$(BIN)/python benchmarks/hetero.py
 
+.PHONY: bench-orchestration bench-timeseries bench-scheduling
+bench-timeseries: install  ## windows over streams by size, pandas beside them -> results/bench/timeseries.json
+	$(BIN)/python benchmarks/timeseries.py
+bench-scheduling: install  ## how near each policy's order is to the best there is -> results/bench/scheduling.json
+	$(BIN)/python benchmarks/scheduling.py
+bench-orchestration: install  ## the same RAG declared, as a script and as microservices: latency, CPU; parallel branches -> results/bench/orchestration.json
+	$(BIN)/python benchmarks/orchestration.py
+	$(BIN)/python benchmarks/parallelism.py
+
+.PHONY: paper paper-quick paper-live
+paper: install  ## every experiment at full size, simulated, and the report of them -> results/paper (within the hour)
+	$(BIN)/sage paper
+paper-quick: install  ## the same with fewer seeds and shorter runs -> results/paper-quick (5 minutes)
+	$(BIN)/sage paper --size quick
+paper-live: install  ## a reduced size of the same on emulated engines in real time, beside what is simulated -> results/paper
+	$(BIN)/sage paper --size live
+
 .PHONY: examples
 examples: install  ## run every example
 	@for example in $(EXAMPLES); do echo "== $$example"; $(BIN)/python $$example; done
@@ -120,6 +137,7 @@ examples: install  ## run every example
 docs: install  ## redraw what the documents take from the code: layers, life cycles, exit codes
 	$(BIN)/python tools/layers.py
 	$(BIN)/python tools/tables.py
+	$(BIN)/python tools/system_figures.py
 
 .PHONY: wheel
 wheel: install  ## build the wheel into dist/ and check what is in it

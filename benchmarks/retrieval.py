@@ -1,5 +1,8 @@
 """What the CPU stages of a pipeline cost: search, chunking, rerank; ``results/bench/retrieval.json``.
 
+Recall against time: the same index is searched with more and less effort, the number of candidates that the graph proposes,
+and what it finds is held against exact search. ``shipped``: the effort that :class:`VectorIndex` uses.
+
 One core. Times are of one thread's CPU, medians over repetitions. Each stage is fitted as ``fixed_s`` and a time for each
 unit, which is how an operator of a simulated cluster is written (``cluster.devices[].operator``); ``error_pct`` is the
 largest relative error of the fit. Vectors are random in clusters, as those of texts are, with 384 dimensions.
@@ -13,17 +16,21 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+import sage_live.retrieval.index as retrieval
+from sage_bench.figures.style import MARKERS, legend_above, line, plain_log, save, styled
 from sage_bench.results.manifest import hardware
 from sage_live.retrieval.chunk import Chunk, chunks
 from sage_live.retrieval.corpus import python_topics
@@ -36,6 +43,9 @@ HITS = (1, 4, 10, 32)
 RERANKED = (8, 16, 32, 64)
 WORDS = (100, 1_000, 10_000)
 QUERIES = 200
+RECALL_OF = (1, 10)
+EFFORTS = (10, 16, 32, 64, 128, 256)
+"""Candidates held during a search, and proposed by it."""
 OUT = Path("results/bench/retrieval.json")
 
 
@@ -66,9 +76,11 @@ def main() -> None:
     figures["chunking"] = chunking(text)
     figures["rerank"] = reranking(pieces)
     console.print(shown(figures))
+    console.print(trade_off(figures["search"]))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=2) + "\n")
-    console.print(f"wrote {options.out}")
+    for path in (options.out, *save(recall_figure(figures["search"]), options.out.with_suffix(""))):
+        console.print(f"wrote {path}")
 
 
 def search(size: int, pieces: Sequence[Chunk], console: Console) -> dict[str, Any]:
@@ -81,7 +93,50 @@ def search(size: int, pieces: Sequence[Chunk], console: Console) -> dict[str, An
     by_k = {k: median_s([partial(index.search, query, k) for query in queries]) for k in HITS}
     exact_s = median_s([partial(index.exact, query, 10) for query in queries[:20]])
     found = sum(len(scores(index.search(query, 10)) & scores(index.exact(query, 10))) for query in queries[:100])
-    return {"build_s": build_s, "recall_at_10": found / 1000, "exact_s": exact_s} | fitted(by_k, "hit")
+    return {
+        "build_s": build_s,
+        "recall_at_10": found / 1000,
+        "exact_s": exact_s,
+        "efforts": by_effort(index, queries[:100]),
+    } | fitted(by_k, "hit")
+
+
+def by_effort(index: VectorIndex, queries: NDArray[np.float32]) -> list[dict[str, float]]:
+    """Time of a search for 10 and recall at each k of ``RECALL_OF``, by effort; the last row is as shipped."""
+    exact = {k: [scores(index.exact(query, k)) for query in queries] for k in RECALL_OF}
+    found = []
+    for effort in (*EFFORTS, None):
+        with searched_with(index, effort) as used:
+            row: dict[str, float] = {"effort": used, "shipped": effort is None}
+            row["search_s"] = median_s([partial(index.search, query, 10) for query in queries])
+            for k, wanted in exact.items():
+                hits = sum(
+                    len(scores(index.search(query, k)) & best) for query, best in zip(queries, wanted, strict=True)
+                )
+                row[f"recall_at_{k}"] = hits / (k * len(queries))
+        found.append(row)
+    return found
+
+
+@contextmanager
+def searched_with(index: VectorIndex, effort: int | None) -> Iterator[int]:
+    """``index`` with another effort for a while; None: its own. Yields the effort of a search for 10."""
+    if effort is None:
+        yield max(retrieval.PROPOSALS_MIN, 10 * retrieval.PROPOSALS_PER_HIT)
+        return
+    changes: list[tuple[object, str, int]] = [
+        (retrieval, "PROPOSALS_MIN", effort),
+        (retrieval, "PROPOSALS_PER_HIT", 1),
+        (index._graph, "expansion_search", effort),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield effort
+    finally:
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)
 
 
 def scores(hits: Sequence[Hit]) -> set[float]:
@@ -170,6 +225,48 @@ def shown(figures: dict[str, Any]) -> Table:
             "" if recall is None else f"{recall:.3f}",
         )
     return table
+
+
+def trade_off(search: dict[str, dict[str, Any]]) -> Table:
+    """Recall by effort, beside what it costs and what exact search does."""
+    recalls = [f"recall_at_{k}" for k in RECALL_OF]
+    table = Table(
+        "vectors", "effort", "search, us", *recalls, title="recall against exact search, CPU time of a search for 10"
+    )
+    for size, each in search.items():
+        for row in each["efforts"]:
+            effort = f"{row['effort']} (shipped)" if row["shipped"] else str(row["effort"])
+            table.add_row(
+                f"{int(size):,}", effort, f"{1e6 * row['search_s']:.0f}", *(f"{row[name]:.3f}" for name in recalls)
+            )
+        table.add_row(f"{int(size):,}", "exact", f"{1e6 * each['exact_s']:.0f}", *["1.000"] * len(recalls))
+    return table
+
+
+def recall_figure(search: dict[str, dict[str, Any]]) -> Figure:
+    """Recall@10 over the time of a search, a line an index; hollow: as shipped, a cross: exact."""
+    with styled(1, 2.3) as (figure, (axes,)):
+        for number, (size, each) in enumerate(search.items()):
+            swept = [row for row in each["efforts"] if not row["shipped"]]
+            (shipped,) = (row for row in each["efforts"] if row["shipped"])
+            look = line(number)
+            axes.plot(
+                [1e6 * row["search_s"] for row in swept],
+                [row["recall_at_10"] for row in swept],
+                **look,
+                marker=MARKERS[number],
+                label=f"{int(size):,} vectors",
+            )
+            axes.plot(
+                1e6 * shipped["search_s"], shipped["recall_at_10"], "o", mfc="none", ms=8, color=look["color"], zorder=4
+            )
+            axes.plot(1e6 * each["exact_s"], 1.0, "x", ms=6, color=look["color"], zorder=4)
+        axes.set_xscale("log")
+        axes.set_xlabel("CPU time of a search for 10 (us)\nring: as shipped; cross: exact search")
+        axes.set_ylabel("recall@10")
+        plain_log(axes.xaxis)
+        legend_above(figure, axes)
+        return figure
 
 
 if __name__ == "__main__":

@@ -220,16 +220,21 @@ def simulated(asked: Asked) -> tuple[dict[str, Any], list[str]]:
     )
     if result.interrupted:
         raise KeyboardInterrupt
-    table = measure(Run(result.folder))
+    return point(Run(result.folder), asked.arm, asked.rate, asked.seed), result.warnings
+
+
+def point(run: Run, arm: str, rate: float, seed: int) -> dict[str, Any]:
+    """What :class:`Hetero` has of a run. rate: of documents, a second."""
+    table = measure(run)
     whole = table[(table["tenant"] == ALL) & (table["priority"] == ALL)].set_index("kind")
-    row: dict[str, Any] = {"arm": asked.arm, "rate": asked.rate, "seed": asked.seed}
+    row: dict[str, Any] = {"arm": arm, "rate": rate, "seed": seed}
     for column, (metric, kind) in COLUMNS.items():
         row[column] = float(whole[metric].get(kind, math.nan))
     offered, responded, attainment = (float(whole[name][ALL]) for name in ("offered", "responded", "slo_attainment"))
     good = offered * attainment
     for expense, metric in zip(EXPENSES, ("cost_per_1k", "energy_j_per_1k"), strict=True):
         row[expense] = row[metric] * responded / good if good else math.inf
-    return row, result.warnings
+    return row
 
 
 def _simulated(asked: Sequence[Asked], jobs: int) -> list[tuple[dict[str, Any], list[str]]]:

@@ -6,9 +6,10 @@ Numbers are means over seeds; where ``±`` is given it is half the 95 % interval
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 
@@ -99,6 +100,10 @@ _DEFINED: Final = (
 )
 
 
+_NUMBER: Final = re.compile(r"^[<>≤≥~≈]?[+−-]?(\d|\.\d|inf$)[^a-zA-Z]*([a-zA-Z%/]{1,6})?$")
+_NONE: Final = ("", "–", "-", "none", "n/a")
+
+
 @dataclass(frozen=True, slots=True)
 class Sheet:
     """A table of text: printed, and written as Markdown. A heading may have a second line, its unit."""
@@ -106,6 +111,15 @@ class Sheet:
     title: str
     columns: list[str]
     rows: list[list[str]]
+
+
+def numeric(sheet: Sheet) -> list[bool]:
+    """Which columns hold numbers: every cell is one (with its unit, interval or count), or says that there is none."""
+    columns = [[row[i] for row in sheet.rows] for i in range(len(sheet.columns))]
+    return [
+        any(_NUMBER.match(cell) for cell in cells) and all(cell in _NONE or _NUMBER.match(cell) for cell in cells)
+        for cells in columns
+    ]
 
 
 def sheets(summary: Summary) -> Iterator[Sheet]:
@@ -145,6 +159,46 @@ def part(table: pd.DataFrame, condition: Condition) -> pd.DataFrame:
     return table[same & (table["source"] == condition.source)]
 
 
+def verdict_sentences(summary: Summary, condition: Condition) -> Iterator[str]:
+    """What each arm is better and worse in than the first, and which arms do not differ: a paragraph for the condition.
+
+    Nothing for a condition among many (:data:`DETAILED_MAX`): the counts of wins and losses say it shorter.
+    """
+    name = (condition.experiment, condition.source)
+    of = part(summary.verdicts, condition)
+    if sum((each.experiment, each.source) == name for each in summary.conditions) > DETAILED_MAX or of.empty:
+        return
+    said, alike, unknown = [], [], []
+    for policy, rows in of.groupby("policy", sort=False):
+        parts = [
+            f"{outcome} in {', '.join(_difference(row) for row in won.to_dict('records'))}"
+            for outcome in ("better", "worse")
+            if len(won := rows[rows["verdict"] == outcome])
+        ]
+        if parts:
+            others = (
+                "; no significant difference in the others"
+                if (rows["verdict"] == "no significant difference").any()
+                else ""
+            )
+            said.append(f"{policy} is {'; '.join(parts)}{others}.")
+        elif (rows["verdict"] == "too few seeds").all():
+            unknown.append(str(policy))
+        else:
+            alike.append(str(policy))
+    if alike:
+        said.append(f"{', '.join(alike)}: no significant difference in any metric compared.")
+    if unknown:
+        said.append(f"{', '.join(unknown)}: too few seeds to tell.")
+    yield f"{title_of(condition)}, against {next(iter(condition.arms))}: {' '.join(said)}"
+
+
+def title_of(condition: Condition) -> str:
+    """Experiment, source, offered load and overrides of a condition."""
+    rate = "" if condition.rate is None else f", {_number(condition.rate)} req/s offered"
+    return f"{condition.experiment} ({condition.source}){rate}{', ' + condition.label if condition.label else ''}"
+
+
 def _policies(summary: Summary, condition: Condition) -> Iterator[Sheet]:
     of = part(summary.means, condition)
     for title, wanted in (
@@ -161,7 +215,7 @@ def _policies(summary: Summary, condition: Condition) -> Iterator[Sheet]:
             [policy, str(len(runs)), *(_cell(of, policy, ALL, name) for name in names)]
             for policy, runs in condition.arms.items()
         ]
-        yield Sheet(f"{_title(condition)}{title}", ["policy", "runs", *map(_heading, names)], rows)
+        yield Sheet(f"{title_of(condition)}{title}", ["policy", "runs", *map(_heading, names)], rows)
 
 
 def _latencies(summary: Summary, condition: Condition) -> Iterator[Sheet]:
@@ -170,7 +224,7 @@ def _latencies(summary: Summary, condition: Condition) -> Iterator[Sheet]:
         names = [name for name in _LATENCIES if has(of, kind, name)]
         if names:
             rows = [[policy, *(_cell(of, policy, kind, name) for name in names)] for policy in condition.arms]
-            yield Sheet(f"{_title(condition)}: {kind}", ["policy", *map(_heading, names)], rows)
+            yield Sheet(f"{title_of(condition)}: {kind}", ["policy", *map(_heading, names)], rows)
 
 
 def _stages(condition: Condition) -> Iterator[Sheet]:
@@ -183,7 +237,7 @@ def _stages(condition: Condition) -> Iterator[Sheet]:
             rows.append([policy, stage, row["pool"], _number(row["requests"]), *spans, f"{100 * row['share']:.1f}"])
     if rows:
         columns = ["policy", "stage", "pool", "on path\n(requests)", "queued\n(ms)", "service\n(ms)", "of E2E\n(%)"]
-        yield Sheet(f"{_title(condition)}: stages", columns, rows)
+        yield Sheet(f"{title_of(condition)}: stages", columns, rows)
 
 
 def _verdicts(summary: Summary, condition: Condition) -> Sheet:
@@ -191,18 +245,27 @@ def _verdicts(summary: Summary, condition: Condition) -> Sheet:
     rows = []
     for row in part(summary.verdicts, condition).to_dict("records"):
         name, p = row["metric"], row["p_adjusted"]
-        low, high = (_value(name, row[end], sign=True, like=row["difference"]) for end in ("low", "high"))
-        difference = _value(name, row["difference"], sign=True)
         rows.append(
             [
                 row["policy"],
                 _heading(name, row["kind"], " "),
-                difference if math.isnan(p) else f"{difference} [{low}, {high}]",
+                _value(name, row["difference"], sign=True) if math.isnan(p) else _interval(row),
                 "" if math.isnan(p) else "<0.001" if p < 0.0005 else f"{p:.3f}",
                 row["verdict"],
             ]
         )
-    return Sheet(f"{_title(condition)}: against {baseline}", ["policy", "metric", "difference", "p", "verdict"], rows)
+    return Sheet(f"{title_of(condition)}: against {baseline}", ["policy", "metric", "difference", "p", "verdict"], rows)
+
+
+def _interval(row: Mapping[Hashable, Any]) -> str:
+    """The difference of a verdict with its interval."""
+    name, difference = row["metric"], row["difference"]
+    low, high = (_value(name, row[end], sign=True, like=difference) for end in ("low", "high"))
+    return f"{_value(name, difference, sign=True)} [{low}, {high}]"
+
+
+def _difference(row: Mapping[Hashable, Any]) -> str:
+    return f"{_heading(row['metric'], row['kind'], ' ')}: {_interval(row)}"
 
 
 def _overview(summary: Summary, of: Sequence[Condition]) -> Sheet:
@@ -275,8 +338,3 @@ def _heading(name: str, kind: str = ALL, between: str = "\n") -> str:
     metric = METRICS[name]
     parts = ["" if kind == ALL else kind, metric.label, f"({metric.unit})" if metric.unit else ""]
     return between.join(part for part in parts if part)
-
-
-def _title(condition: Condition) -> str:
-    rate = "" if condition.rate is None else f", {_number(condition.rate)} req/s offered"
-    return f"{condition.experiment} ({condition.source}){rate}{', ' + condition.label if condition.label else ''}"

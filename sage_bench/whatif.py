@@ -113,7 +113,7 @@ def what_if(recorded: Path, overrides: Sequence[str], results: Path | None = Non
     configs = [twin(recorded, each, FOLDER, results or recorded.parent) for each in given]
     real = Run(recorded)
     base, *others = [_simulated(config, each) for config, each in zip(configs, given, strict=True)]
-    requests = _requests(base)
+    requests = counted(base.folder)
     rows = _base_rows(measure(real), measure(Run(base.folder)))
     repeated = base.finish.digest.hex() == real.manifest.digest
     return WhatIf(
@@ -146,14 +146,12 @@ def _simulated(config: dict[str, Any], overrides: Sequence[str]) -> RunResult:
     return result
 
 
-def _requests(result: RunResult) -> pd.DataFrame:
-    """Counted requests by scheduled instant."""
-    frame = Run(result.folder).frame("requests", _COLUMNS)
+def counted(folder: Path) -> pd.DataFrame:
+    """Counted requests of the run in ``folder``, by scheduled instant."""
+    frame = Run(folder).frame("requests", _COLUMNS)
     frame = frame[~frame["warmup"]].sort_values(["scheduled_ns", "request"]).set_index("request")
     if frame.empty:
-        raise DataError(
-            f"{result.folder}: no recorded request was scheduled after the warm-up; there is nothing to compare"
-        )
+        raise DataError(f"{folder}: no recorded request was scheduled after the warm-up; there is nothing to compare")
     return frame
 
 
@@ -176,7 +174,7 @@ def _base_rows(recorded: pd.DataFrame, simulated: pd.DataFrame) -> list[BaseRow]
 def _arm_rows(base: Sequence[BaseRow], requests: pd.DataFrame, result: RunResult) -> list[ArmRow]:
     """The rows of an arm, in the order of the base's."""
     of_arm = measure(Run(result.folder))
-    pairs = _bootstrapped(requests, _requests(result).reindex(requests.index), result.config.seed)
+    pairs = differences(requests, counted(result.folder).reindex(requests.index), result.config.seed)
     adjusted = dict(zip(pairs, holm([pair.p for pair in pairs.values()]), strict=True))
     rows = []
     for each in base:
@@ -204,8 +202,9 @@ def _arm_rows(base: Sequence[BaseRow], requests: pd.DataFrame, result: RunResult
     return rows
 
 
-def _bootstrapped(base: pd.DataFrame, arm: pd.DataFrame, seed: int) -> dict[tuple[str, str], Paired]:
-    """Differences of what is counted request by request, by (kind, metric)."""
+def differences(base: pd.DataFrame, arm: pd.DataFrame, seed: int) -> dict[tuple[str, str], Paired]:
+    """``arm - base`` of what is counted request by request, by (kind, metric), as uncertain as one run leaves it. base, arm: of
+    :func:`counted`, with the same rows. seed: of the resampling."""
     draws = Streams(seed).stream("whatif/bootstrap")
     scheduled_ns = base["scheduled_ns"].to_numpy()
     names: list[list[tuple[str, str]]] = [[(ALL, "slo_attainment")]]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # What SAGE needs from Debian 12 or Ubuntu 24.04 and later. Run as root. Everything else is installed into .venv by make.
+# With --report also what only tests of the report use, and skip where it is missing: a browser and a LaTeX.
 set -euo pipefail
 
 packages=(
@@ -11,7 +12,15 @@ packages=(
   python3-dev   # Python.h, for the bindings
   ca-certificates
 )
+report=(
+  chromium                   # opens the report's page
+  texlive-latex-recommended  # compiles its tables and figures
+)
 
+if [ "${1-}" = "--report" ]; then
+  packages+=("${report[@]}")
+  shift
+fi
 if [ "${1-}" = "--list" ]; then
   printf '%s\n' "${packages[@]}"
   exit 0

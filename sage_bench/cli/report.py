@@ -16,8 +16,15 @@ def command(
     baseline: Annotated[
         str | None, typer.Option(help="The policy others are held against; by default fifo, else hybrid.")
     ] = None,
+    hosts_differ: Annotated[
+        bool, typer.Option("--hosts-differ", help="Compare arms although they ran on different machines.")
+    ] = False,
+    mlflow: Annotated[
+        str | None, typer.Option(metavar="URI", help="Log every run to this MLflow store too, as in sqlite:///runs.db.")
+    ] = None,
 ) -> None:
-    """Compare policies: tables with confidence intervals over seeds, verdicts, saturation points and figures."""
+    """Compare policies: tables with confidence intervals over seeds, verdicts, saturation points and figures, printed and
+    as one HTML page."""
     # pandas, scipy and matplotlib take a second and 100 MB, which no other command should pay for.
     from sage_bench.metrics.summary import summarise
     from sage_bench.report import WIDTH, show, write
@@ -27,10 +34,16 @@ def command(
     summary = summarise(load_runs(results), baseline)
     folder = out or results / "report"
     with console.status("drawing"):
-        written = write(summary, folder, figures=figures)
+        written = write(summary, folder, figures=figures, root=results, hosts_differ=hosts_differ)
     show(summary, console)  # after the files: whoever pipes this into `head` has them all the same
-    drawn = [path for path in written if path.parent != folder]
-    names = ", ".join(path.name for path in written if path.parent == folder)
-    console.print(f"\nTables: {folder}: {names}", soft_wrap=True, markup=False)
+    names = ", ".join(path.name for path in written if path.parent == folder and path.suffix == ".csv")
+    drawn = sum(path.suffix in (".pdf", ".png") for path in written)
+    console.print(f"\nPage: {folder / 'report.html'}", soft_wrap=True, markup=False)
+    console.print(f"Tables: {folder}: {names}, report.md, figures.tex", soft_wrap=True, markup=False)
     if drawn:
-        console.print(f"Figures: {folder / 'figures'}: {len(drawn)} files (PDF and PNG)", soft_wrap=True, markup=False)
+        console.print(f"Figures: {folder}/<experiment>: {drawn} files (PDF and PNG)", soft_wrap=True, markup=False)
+    if mlflow is not None:
+        from sage_bench.publish.mlflow_log import log_runs
+
+        logged, before = log_runs(summary, mlflow)
+        console.print(f"MLflow: {logged} runs logged to {mlflow}, {before} were there", soft_wrap=True, markup=False)

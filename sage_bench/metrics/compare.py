@@ -7,15 +7,15 @@ new, so the latest stands for all of them; a live run repeated is another measur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import pandas as pd
 
 from sage_bench.metrics.definitions import METRICS
 from sage_bench.metrics.measure import ALL, CLASS, measure
-from sage_bench.metrics.statistics import holm, paired, t_interval, verdict
+from sage_bench.metrics.statistics import effect_size, holm, paired, t_interval, verdict
 from sage_bench.results.manifest import Manifest, config_hash
 from sage_bench.results.reader import Run, Runs
 from sage_core.errors import ConfigError
@@ -124,7 +124,7 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """Each arm against the first of its condition, paired by seed, adjusted over all verdicts of the condition.
 
     rows: of :func:`measured`. Columns: experiment, condition, source, rate, policy, baseline, kind, metric, seeds,
-    difference, low, high, p_adjusted, verdict.
+    difference, low, high, effect (of ``statistics.effect_size``), p_adjusted, verdict.
     """
     out = []
     whole = rows[(rows["tenant"] == ALL) & (rows["priority"] == ALL)]
@@ -142,9 +142,10 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
                 shared = table[[baseline, policy]].dropna()
                 result = paired(shared[baseline].tolist(), shared[policy].tolist())
                 d = result.difference
-                out.append((*key, policy, baseline, kind, metric, d.n, d.mean, d.low, d.high, result.p))
+                effect = effect_size(shared[baseline].tolist(), shared[policy].tolist())
+                out.append((*key, policy, baseline, kind, metric, d.n, d.mean, d.low, d.high, effect, result.p))
     names = ["experiment", "condition", "source", "rate", "policy", "baseline", "kind", "metric", "seeds"]
-    frame = pd.DataFrame(out, columns=[*names, "difference", "low", "high", "p_adjusted"])
+    frame = pd.DataFrame(out, columns=[*names, "difference", "low", "high", "effect", "p_adjusted"])
     for index in frame.groupby(names[:4], sort=False, dropna=False).groups.values():
         frame.loc[index, "p_adjusted"] = holm(frame.loc[index, "p_adjusted"].tolist())
     frame["verdict"] = [
@@ -152,6 +153,48 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
         for metric, difference, p in zip(frame["metric"], frame["difference"], frame["p_adjusted"], strict=True)
     ]
     return frame
+
+
+def against(cells: Mapping[str, pd.DataFrame], arm: str, better: Literal["higher", "lower"] = "higher") -> pd.DataFrame:
+    """``arm`` less every other arm in every cell, paired by seed, adjusted over all of them.
+
+    cells: by name, (seeds x arms) of one metric; a seed that an arm lacks does not count for it. Columns: cell, other, ours,
+    theirs (means over the shared seeds), seeds, difference, low, high, effect, p_adjusted, verdict (of ``arm``).
+    """
+    rows = []
+    for cell, table in cells.items():
+        for other in table.columns:
+            if other == arm or arm not in table:
+                continue
+            shared = table[[other, arm]].dropna()
+            theirs, ours = shared[other].tolist(), shared[arm].tolist()
+            found = paired(theirs, ours)
+            d = found.difference
+            means = (float(shared[arm].mean()), float(shared[other].mean()))
+            rows.append((cell, other, *means, d.n, d.mean, d.low, d.high, effect_size(theirs, ours), found.p))
+    names = ["cell", "other", "ours", "theirs", "seeds", "difference", "low", "high", "effect", "p_adjusted"]
+    frame = pd.DataFrame(rows, columns=names)
+    frame["p_adjusted"] = holm(frame["p_adjusted"].tolist())
+    frame["verdict"] = [
+        verdict(difference, p, better) for difference, p in zip(frame["difference"], frame["p_adjusted"], strict=True)
+    ]
+    return frame
+
+
+def against_best(
+    cells: Mapping[str, pd.DataFrame], arm: str, better: Literal["higher", "lower"] = "higher"
+) -> pd.DataFrame:
+    """:func:`against` the one other arm that is best in its cell on average: one row a cell, adjusted over the cells.
+
+    The other is chosen on the seeds it is then held against, which favours it.
+    """
+    kept = {}
+    for cell, table in cells.items():
+        others = table.drop(columns=arm, errors="ignore").mean()
+        if arm in table and len(others.dropna()):
+            best = others.idxmax() if better == "higher" else others.idxmin()
+            kept[cell] = table[[arm, best]]
+    return against(kept, arm, better)
 
 
 def _condition(manifest: Manifest) -> str:

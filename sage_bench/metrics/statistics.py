@@ -8,6 +8,7 @@ an answer.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
@@ -62,6 +63,49 @@ def paired(baseline: Sequence[float], other: Sequence[float]) -> Paired:
         return Paired(interval, 1.0 if interval.mean == 0.0 else 0.0)
     t = interval.mean / (spread / math.sqrt(interval.n))
     return Paired(interval, float(2 * stats.t.sf(abs(t), interval.n - 1)))
+
+
+BOOTSTRAPPED: Final = 10_000
+"""Resamples where there are too many to enumerate."""
+
+
+def paired_bootstrap(
+    baseline: Sequence[float], other: Sequence[float], draws: np.random.Generator, confidence: float = CONFIDENCE
+) -> Interval:
+    """Percentile interval of the mean of ``other - baseline`` over resampled seeds: all resamples where that are fewer than
+    :data:`BOOTSTRAPPED`, else that many from ``draws``.
+
+    It assumes no shape of the differences and pays for it: over five seeds it covers the truth about 83 % of the time, not
+    95 (tests/metrics/test_statistics.py). Verdicts therefore rest on :func:`paired`; the two side by side say whether a
+    verdict hangs on the shape. Source: Efron, 1979.
+    """
+    x = np.array([b - a for a, b in zip(baseline, other, strict=True) if not math.isnan(b - a)], np.float64)
+    n = len(x)
+    if n < 2:
+        return Interval(float(x.mean()) if n else math.nan, math.nan, math.nan, n)
+    if n**n <= BOOTSTRAPPED:
+        which = np.array(list(itertools.product(range(n), repeat=n)))
+    else:
+        which = draws.integers(0, n, (BOOTSTRAPPED, n))
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(x[which].mean(axis=1), ends, method="inverted_cdf")
+    return Interval(float(x.mean()), float(low), float(high), n)
+
+
+def effect_size(baseline: Sequence[float], other: Sequence[float]) -> float:
+    """Hedges' g of paired differences (g_z): mean over standard deviation of ``other - baseline``, with the correction for
+    few pairs. NaN below three pairs, where the correction leaves nothing; infinite where every pair differs by the same.
+
+    It says how far a difference stands out of the spread between seeds, not how much it matters. Sources: Hedges, 1981 (the
+    correction, ``1 - 3 / (4 df - 1)``); Lakens, 2013 (which standard deviation).
+    """
+    x = np.array([b - a for a, b in zip(baseline, other, strict=True) if not math.isnan(b - a)], np.float64)
+    if len(x) < 3:
+        return math.nan
+    mean, spread = float(x.mean()), float(x.std(ddof=1))
+    if spread == 0.0:
+        return 0.0 if mean == 0.0 else math.copysign(math.inf, mean)
+    return (1 - 3 / (4 * (len(x) - 1) - 1)) * mean / spread
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

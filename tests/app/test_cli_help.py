@@ -66,7 +66,7 @@ def test_help_of_run_lists_groups_and_keys(sage: Sage) -> None:
     done = sage("run", "--help")
     assert (done.code, done.err) == (0, "")
     for line in (
-        "policy: fifo, hybrid",
+        "policy: edf, fifo, hybrid",
         "experiment: ablation",
         "cluster:",
         "load:",

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pandas as pd
 import pytest
 import typer
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 from sage_bench.cli.report import command
 from sage_bench.metrics.measure import ALL
 from sage_bench.metrics.summary import Summary, summarise
-from sage_bench.report import WIDTH, draw, show, write
+from sage_bench.report import WIDTH, show, write
+from sage_bench.results.manifest import read_manifest
 from sage_bench.results.reader import load_runs
 from sage_bench.tables import sheets
 from sage_core.errors import DataError, OutputError
@@ -93,14 +95,26 @@ def test_everything_is_written_and_readable(tmp_path: Path, summary: Summary) ->
     written = write(summary, tmp_path / "out", figures=True)
     assert all(path.stat().st_size > 0 for path in written)
     names = {path.name for path in written}
-    assert {"runs.csv", "means.csv", "verdicts.csv", "saturation.csv", "report.md"} <= names
+    assert {
+        "runs.csv",
+        "means.csv",
+        "verdicts.csv",
+        "saturation.csv",
+        "report.md",
+        "report.html",
+        "figures.tex",
+    } <= names
+    there = {str(path.relative_to(tmp_path / "out")) for path in written}
     for stem in (
-        "mixed-latency_cdf-chat",
-        "mixed-slo_attainment",
-        "mixed-timeline-a_policy_with_quite_a_long_name",
-        "rates-latency_rate-chat",
+        "mixed/latency_cdf-chat",
+        "mixed/slo_attainment",
+        "mixed/timeline-a_policy_with_quite_a_long_name",
+        "rates/latency_rate-chat",
     ):
-        assert {f"{stem}.pdf", f"{stem}.png"} <= names
+        assert {f"{stem}.pdf", f"{stem}.png", f"{stem}_figure.tex"} <= there
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == sum(name.endswith(".png") for name in there)
+    assert "against fifo: a_policy_with_quite_a_long_name" in page and "Jain index over tenants" in page
     runs = pd.read_csv(tmp_path / "out" / "runs.csv")
     assert runs[runs["kind"] == ALL]["run_id"].nunique() == 36
     assert set(pd.read_csv(tmp_path / "out" / "verdicts.csv")["experiment"]) == {"mixed", "rates"}
@@ -114,8 +128,12 @@ def test_everything_is_written_and_readable(tmp_path: Path, summary: Summary) ->
 def test_the_command_line_tells_where_things_are(tmp_path: Path, folder: Path) -> None:
     result = CliRunner().invoke(app, [str(folder / "mixed"), "--out", str(tmp_path / "o"), "--no-figures"])
     assert result.exit_code == 0, result.output
-    assert f"Tables: {tmp_path / 'o'}: runs.csv, means.csv, verdicts.csv, nodes.csv, report.md" in result.output
-    assert not (tmp_path / "o" / "figures").exists()
+    assert f"Tables: {tmp_path / 'o'}: runs.csv, means.csv, verdicts.csv, nodes.csv, " in result.output
+    assert f"Page: {tmp_path / 'o' / 'report.html'}" in result.output
+    assert not list((tmp_path / "o").rglob("*.png"))
+    assert "<img" not in (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
+    for name in ("report.md", "report.html", "runs.csv", "checklist.csv"):
+        assert str(folder) not in (tmp_path / "o" / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +150,20 @@ def test_mistakes_are_the_users_and_named(
 
 def test_an_output_folder_that_cannot_be_made(tmp_path: Path, summary: Summary) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"file/report: cannot be written"):
+    with pytest.raises(OutputError, match=r"file/report/runs\.csv: cannot be written"):
         write(summary, tmp_path / "file" / "report", figures=False)
-    with pytest.raises(OutputError):
-        draw(summary, tmp_path / "file" / "figures")
+
+
+def test_arms_of_two_machines_need_a_word(tmp_path: Path, queueing: ModuleType) -> None:
+    for policy in ("fifo", "priority"):
+        queueing.run(tmp_path / "r" / policy, queueing.Queue(20, 0.02, 50, 1, order=policy), policy=policy)
+    victim = tmp_path / "r" / "fifo"
+    manifest = read_manifest(victim)
+    elsewhere = msgspec.structs.replace(manifest.hardware, cpu="another")
+    (victim / "manifest.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, hardware=elsewhere)))
+    refused = CliRunner().invoke(app, [str(tmp_path / "r"), "--no-figures"])
+    assert isinstance(refused.exception, DataError) and "different machines (cpu: 'another'" in str(refused.exception)
+    assert not (tmp_path / "r" / "report").exists()
+    accepted = CliRunner().invoke(app, [str(tmp_path / "r"), "--no-figures", "--hosts-differ"])
+    assert accepted.exit_code == 0
+    assert "ran on different machines" in (tmp_path / "r" / "report" / "report.html").read_text(encoding="utf-8")

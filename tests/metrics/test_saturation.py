@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,36 @@ def test_capacity_of_a_poisson_queue_is_bracketed(
     assert point.throughput_rps == pytest.approx(capacity, rel=0.03)
     over = flows[130.0][0]
     assert over.balance == pytest.approx(capacity / 130, rel=0.05), "beyond saturation: capacity over offered"
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["M/M/1", "M/D/1"])
+def test_the_queue_below_saturation_is_that_of_theory_and_above_it_grows(
+    tmp_path: Path, queueing: ModuleType, deterministic: bool
+) -> None:
+    """Pollaczek and Khinchine: the mean wait is rho / (mu (1 - rho)), half of that where service takes equally long. The rule
+    finds the same capacity in both, since it is the mean service alone that decides it."""
+    mu = 100.0
+
+    class Equal(queueing.Queue):  # type: ignore[misc]
+        def _requests(self) -> list[Any]:
+            return [(arrived, each, round(self.service_s * 1e9)) for arrived, each, _ in super()._requests()]
+
+    kind = Equal if deterministic else queueing.Queue
+    flows: dict[float, list[Flow]] = {}
+    waits = []
+    for rate in (70.0, 92.0, 115.0):
+        for seed in (1, 2):
+            folder = tmp_path / f"{rate}-{seed}"
+            queueing.run(folder, kind(rate, 1 / mu, 6000, seed))
+            run = load_runs(folder)[0]
+            flows.setdefault(rate, []).append(flow(run))
+            if rate == 70.0:
+                waits.append(run.frame("requests", ("queue_ns",))["queue_ns"].mean() / 1e9)
+    rho = 0.7
+    theory = rho / (mu * (1 - rho)) / (2 if deterministic else 1)
+    assert sum(waits) / len(waits) == pytest.approx(theory, rel=0.12)
+    assert saturation(flows)[:2] == (92.0, 115.0)
+    assert flows[115.0][0].balance == pytest.approx(mu / 115, rel=0.04)
 
 
 def test_long_requests_do_not_look_like_saturation(tmp_path: Path, queueing: ModuleType) -> None:

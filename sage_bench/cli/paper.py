@@ -1,0 +1,65 @@
+"""``sage paper``: every experiment of the paper, from its runs to its tables, figures and sentences."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+from sage_core.errors import ConfigError
+
+
+class SizeOption(StrEnum):
+    """See :data:`sage_bench.studies.study.Size`."""
+
+    FULL = "full"
+    QUICK = "quick"
+    LIVE = "live"
+
+
+RESULTS: Final = {
+    SizeOption.FULL: Path("results/paper"),
+    SizeOption.QUICK: Path("results/paper-quick"),
+    SizeOption.LIVE: Path("results/paper"),
+}
+
+
+def command(
+    size: Annotated[
+        SizeOption, typer.Option(help="full, quick, or live: a reduced one on emulated engines.")
+    ] = SizeOption.FULL,
+    only: Annotated[list[str] | None, typer.Option(help="This study alone; may be given again.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Where runs and report go; by default results/paper, results/paper-quick.")
+    ] = None,
+    run: Annotated[bool, typer.Option(help="Run what is missing; --no-run: report what is there.")] = True,
+) -> None:
+    """Run the paper's experiments (points that are done are not run again) and write the report of them."""
+    from sage_bench.publish.publish import publish
+    from sage_bench.studies.registry import STUDIES
+    from sage_bench.studies.study import one_of
+
+    console = Console(highlight=False)
+    studies = [one_of(STUDIES, name) for name in only] if only else list(STUDIES)
+    folder = results or RESULTS[size]
+    if run:
+        commands = [(study, arguments) for study in studies for arguments in study.commands(size.value)]
+        for i, (study, arguments) in enumerate(commands):
+            console.print(f"[{i + 1}/{len(commands)}] {study.name}: sage run {' '.join(arguments)}", markup=False)
+            _run([*arguments, f"results={folder}", *([] if size is SizeOption.LIVE else ["hydra/launcher=joblib"])])
+    for path in publish(studies, folder, console, system=not only):
+        console.print(str(path), soft_wrap=True, markup=False)
+
+
+def _run(arguments: list[str]) -> None:
+    """In a process of its own: the same command that a reader would give. Raises ConfigError where it fails."""
+    code = subprocess.run([sys.executable, "-m", "sage_bench", "run", *arguments], check=False).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise ConfigError(f"sage run {' '.join(arguments)} ended with exit code {code}; what it said stands above")

@@ -1,0 +1,1 @@
+"""Findings of studies as pages, tables and figures that can be printed."""

@@ -1,0 +1,143 @@
+"""The exported timeline: the format that trace viewers document, and the totals of the Parquet rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from sage_bench.cli.timeline import command
+from sage_bench.config import composed
+from sage_bench.publish.chrome_trace import PLANE, REPLICA, REQUESTS, export
+from sage_bench.results.reader import Run
+from sage_bench.run import run
+from sage_core.errors import ConfigError, OutputError
+from sage_core.units import SECOND
+
+app = Typer()
+app.command()(command)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Chats, generation and embeddings beyond what the engines hold, so that tasks queue; some requests are cancelled."""
+    overrides = ["experiment=mixed", "load.rate=60", "load.duration_s=4", f"results={tmp_path_factory.mktemp('trace')}"]
+    faults = "cluster.faults=[{at_s: 2.5, device: 1, restart_after_s: 1.0}]"
+    return Run(run(composed([*overrides, faults])).folder)
+
+
+def check_format(document: dict[str, Any]) -> None:
+    """The Trace Event Format, for the events used here: required keys, numbers, order, nesting, names."""
+    assert document["displayTimeUnit"] in ("ms", "ns")
+    named: set[tuple[str, int, int]] = set()
+    timed: list[int] = []
+    open_until: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for event in document["traceEvents"]:
+        assert event["ph"] in ("X", "C", "M") and isinstance(event["name"], str)
+        assert type(event["pid"]) is int and type(event["tid"]) is int
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "thread_name") and isinstance(event["args"]["name"], str)
+            assert not timed, "names come first"
+            named.add((event["name"], event["pid"], event["tid"]))
+            continue
+        timed.append(event["ts"])
+        assert ("process_name", event["pid"], 0) in named
+        if event["ph"] == "C":
+            assert event["args"] and all(type(value) is int and value >= 0 for value in event["args"].values())
+        else:
+            assert type(event["ts"]) is type(event["dur"]) is int
+            assert event["dur"] >= 0 and event["cat"] and ("thread_name", event["pid"], event["tid"]) in named
+            stack = open_until[event["pid"], event["tid"]]
+            while stack and stack[-1] <= event["ts"]:
+                stack.pop()
+            # A slice of a thread is inside the one that is open, or after it.
+            assert not stack or event["ts"] + event["dur"] <= stack[-1]
+            stack.append(event["ts"] + event["dur"])
+    assert timed == sorted(timed) and timed[0] >= 0
+
+
+def slices(document: dict[str, Any], category: str) -> list[dict[str, Any]]:
+    return [event for event in document["traceEvents"] if event.get("cat") == category]
+
+
+def test_a_whole_run_adds_up_to_its_rows(recorded: Run, tmp_path: Path) -> None:
+    rows, tasks = recorded.frame("requests"), recorded.frame("tasks")
+    written = export(recorded, tmp_path / "t.json", requests=10**6)
+    document = json.loads((tmp_path / "t.json").read_text())
+    check_format(document)
+    assert (written.requests, written.tasks) == (len(rows), len(tasks))
+    assert written.events == len(document["traceEvents"])
+    whole = slices(document, "request")
+    assert len(whole) == len(rows) and all(event["pid"] == REQUESTS for event in whole)
+    spans = (rows["ended_ns"] // 1000 - rows["scheduled_ns"] // 1000).sum()
+    assert sum(event["dur"] for event in whole) == spans == sum(event["dur"] for event in slices(document, "phase"))
+    ended = tasks["ended_ns"].fillna(recorded.manifest.duration_ns)
+    for replica, part in (ended // 1000 - tasks["dispatched_ns"] // 1000).groupby(tasks["replica"]):
+        on = [event["dur"] for event in slices(document, "task") if event["pid"] == REPLICA + replica]
+        assert sum(on) == part.sum() and len(on) == len(part)
+    outcomes = [event["args"]["outcome"] for event in whole]
+    assert {name: outcomes.count(name) for name in set(outcomes)} == rows["outcome"].astype(
+        str
+    ).value_counts().to_dict()
+
+
+def test_the_queue_counter_is_the_queue(recorded: Run, tmp_path: Path) -> None:
+    export(recorded, tmp_path / "t.json", requests=10**6)
+    document = json.loads((tmp_path / "t.json").read_text())
+    tasks = recorded.frame("tasks")
+    tasks = tasks[tasks["dispatched_ns"] > tasks["queued_ns"]]
+    last: dict[tuple[str, int], int] = {}
+    for event in document["traceEvents"]:
+        if event["ph"] == "C" and event["pid"] == PLANE:
+            last[event["name"], event["ts"]] = event["args"]["tasks"]
+    seen = 0
+    for (name, us), depth in last.items():
+        of = tasks[tasks["pool"] == name.removeprefix("queued ")]
+        at = 1000 * us + 999  # the last change within that microsecond
+        assert depth == ((of["queued_ns"] <= at) & (of["dispatched_ns"] > at)).sum()
+        seen += depth > 0
+    assert seen > 10
+
+
+def test_a_stretch_is_bounded(recorded: Run, tmp_path: Path) -> None:
+    written = export(recorded, tmp_path / "t.json", requests=20, start_s=1.0, stop_s=3.0)
+    document = json.loads((tmp_path / "t.json").read_text())
+    check_format(document)
+    begun = [event["ts"] for event in slices(document, "request")]
+    assert (
+        len(begun) == written.requests == 20
+        and min(begun) >= 1e6
+        and max(begun) * 1000 <= written.stop_ns <= 3 * SECOND
+    )
+    assert all(10**6 <= event["ts"] <= written.stop_ns // 1000 for event in slices(document, "task"))
+
+
+def test_equal_runs_give_equal_bytes_compressed_too(recorded: Run, tmp_path: Path) -> None:
+    for name in ("a.json.gz", "b.json.gz", "c.json"):
+        export(recorded, tmp_path / name, requests=50)
+    assert (tmp_path / "a.json.gz").read_bytes() == (tmp_path / "b.json.gz").read_bytes()
+    assert gzip.decompress((tmp_path / "a.json.gz").read_bytes()) == (tmp_path / "c.json").read_bytes()
+
+
+def test_the_command_and_its_mistakes(recorded: Run, tmp_path: Path) -> None:
+    out = tmp_path / "trace.json.gz"
+    done = CliRunner().invoke(app, [str(recorded.folder), "--out", str(out), "--requests", "7"])
+    assert done.exit_code == 0 and "7 requests" in done.output and out.is_file()
+    for arguments, match in (
+        (["--from", "1e6"], "no request of .* begins there"),
+        (["--from", "2", "--to", "1"], "--to: expected more"),
+        (["--requests", "0"], "--requests: expected 1"),
+    ):
+        failed = CliRunner().invoke(app, [str(recorded.folder), "--out", str(out), *arguments])
+        assert isinstance(failed.exception, ConfigError)
+        with pytest.raises(ConfigError, match=match):
+            raise failed.exception
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        export(recorded, tmp_path / "file" / "t.json", requests=1)
