@@ -239,27 +239,6 @@ class PredictedFinish : public sage::Route {
   double share_penalty_;
 };
 
-class Partition : public sage::Route {
- public:
-  Partition(std::shared_ptr<sage::Route> inner, std::vector<std::int64_t> llm, std::vector<std::int64_t> embedding)
-      : inner_(std::move(inner)), llm_devices_(std::move(llm)), embedding_devices_(std::move(embedding)) {
-    std::sort(llm_devices_.begin(), llm_devices_.end());
-    std::sort(embedding_devices_.begin(), embedding_devices_.end());
-  }
-  std::string name() const override { return "Partition"; }
-  void score(std::int64_t now, const Pool& pool, std::size_t row, double* out) override {
-    inner_->score(now, pool, row, out);
-    if (pool.kind == PoolKind::kOperator) return;
-    const auto& others = pool.kind == PoolKind::kLlm ? embedding_devices_ : llm_devices_;
-    for (std::size_t r = 0; r < pool.serving.size(); ++r)
-      if (std::binary_search(others.begin(), others.end(), pool.serving.device[r])) out[r] = kInf;
-  }
-
- private:
-  std::shared_ptr<sage::Route> inner_;
-  std::vector<std::int64_t> llm_devices_, embedding_devices_;
-};
-
 // --- limits ----------------------------------------------------------------------------------------------------------
 
 void set(LimitTable& out, std::size_t r, std::int64_t tasks, std::int64_t batch, std::int64_t prefill, std::int64_t kv,
@@ -281,6 +260,34 @@ class EngineLimit : public sage::Limit {
 
  private:
   std::optional<double> factor_;
+};
+
+class Partition : public sage::Limit {
+ public:
+  Partition(std::shared_ptr<sage::Limit> inner, std::vector<std::int64_t> llm, std::vector<std::int64_t> embedding)
+      : inner_(std::move(inner)), llm_devices_(std::move(llm)), embedding_devices_(std::move(embedding)) {
+    std::sort(llm_devices_.begin(), llm_devices_.end());
+    std::sort(embedding_devices_.begin(), embedding_devices_.end());
+  }
+  std::string name() const override { return "Partition"; }
+  void limit(std::int64_t now, const Pool& pool, LimitTable& out) override {
+    inner_->limit(now, pool, out);
+    if (pool.kind == PoolKind::kOperator) return;
+    if (out.equal) {  // the first row stands for all, which differ now
+      for (std::size_t r = 1; r < pool.serving.size(); ++r)
+        set(out, r, out.tasks_max[0], out.tasks_max_batch[0], out.prefill_tokens_max[0], out.kv_tokens_max[0],
+            out.hold_until[0]);
+      out.equal = false;
+    }
+    const auto& others = pool.kind == PoolKind::kLlm ? embedding_devices_ : llm_devices_;
+    for (std::size_t r = 0; r < pool.serving.size(); ++r)
+      if (std::binary_search(others.begin(), others.end(), pool.serving.device[r]))
+        out.tasks_max[r] = out.tasks_max_batch[r] = 0;
+  }
+
+ private:
+  std::shared_ptr<sage::Limit> inner_;
+  std::vector<std::int64_t> llm_devices_, embedding_devices_;
 };
 
 struct HybridLimitConfig {
@@ -422,12 +429,12 @@ void register_policies(py::module_& m) {
       .def(py::init<>());
   PartClass<PredictedFinish, sage::Route>(m, "PredictedFinish", "Twin of sage_policies.route.PredictedFinish.")
       .def(py::init<double>(), py::arg("share_penalty"));
-  PartClass<Partition, sage::Route>(m, "Partition", "Twin of sage_policies.route.Partition.")
-      .def(py::init<std::shared_ptr<sage::Route>, std::vector<std::int64_t>, std::vector<std::int64_t>>(),
-           py::arg("inner"), py::arg("llm_devices"), py::arg("embedding_devices"));
 
   PartClass<EngineLimit, sage::Limit>(m, "EngineLimit", "Twin of sage_policies.limit.EngineLimit.")
       .def(py::init<std::optional<double>>(), py::arg("factor"));
+  PartClass<Partition, sage::Limit>(m, "Partition", "Twin of sage_policies.limit.Partition.")
+      .def(py::init<std::shared_ptr<sage::Limit>, std::vector<std::int64_t>, std::vector<std::int64_t>>(),
+           py::arg("inner"), py::arg("llm_devices"), py::arg("embedding_devices"));
   PartClass<HybridLimit, sage::Limit>(m, "HybridLimit", "Twin of sage_policies.hybrid.HybridLimit.")
       .def(py::init([](bool in_flight_limits, double reserve, double prefill_depth, double kv_fill,
                        bool embedding_batches, std::int64_t window_ns, std::int64_t margin_ns,

@@ -7,7 +7,8 @@ keep others free for bursts), else the most.
 
 How it differs from ``PredictedFinish``: that takes the least response time and knows no objective. This one takes a
 replica that answers later but starts in time over one that starts too late; and with ``pack`` it prefers a loaded
-replica that is good enough. Without objectives both take the least response time.
+replica that is good enough. Without objectives both take the least response time (here the
+slowdown multiplies all of it, there what others cause).
 
 Ours: costs of ``ReplicaJoined`` and the observed slowdown predict, not a model trained online; the nearer objective
 decides, not a weighted blend; the best replica is taken, not drawn by weight; nothing is explored.

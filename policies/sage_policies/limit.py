@@ -6,13 +6,16 @@ engine, first come first served.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from sage_core.policy import Column, Limits, QueueView, ReplicaView
-from sage_core.units import NEVER, Nanos
+from sage_core.errors import ConfigError
+from sage_core.policy import Column, Limit, Limits, QueueView, ReplicaView, native_twin
+from sage_core.units import NEVER, Nanos, PoolKind
 from sage_policies.bounds import require
 
 
@@ -36,6 +39,46 @@ class EngineLimit:
         from sage_core import _native
 
         return _native.EngineLimit(self.factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A static split of devices: some serve LLM work only, some embeddings only; ``inner`` limits what they hold.
+
+    Devices in neither part are not restricted, nor are operator pools. The split is kept even when a part has no replica
+    left: that is what a static split costs. A limit and not a route: a replica of the other part is closed to every task
+    alike, and a queue behind closed replicas need not be looked through.
+    """
+
+    inner: Limit
+    llm_devices: Sequence[int] = ()
+    embedding_devices: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        both = sorted({*self.llm_devices} & {*self.embedding_devices})
+        if both:
+            raise ConfigError(f"policy.limit: devices {both} are in both parts; give each to LLM or to embedding")
+
+    def limit(self, now: Nanos, replicas: ReplicaView, queue: QueueView) -> Limits:
+        """The inner limits, no task at all on devices of the other part."""
+        limits = self.inner.limit(now, replicas, queue)
+        if queue.pool_kind == PoolKind.OPERATOR:
+            return limits
+        others = self.embedding_devices if queue.pool_kind == PoolKind.LLM else self.llm_devices
+        closed = np.isin(replicas.device, np.array(others, dtype=np.int64))
+        return dataclasses.replace(
+            limits,
+            tasks_max=np.where(closed, 0, limits.tasks_max),
+            tasks_max_batch=np.where(closed, 0, limits.tasks_max_batch),
+        )
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        inner = native_twin(self.inner)
+        if inner is self.inner:  # it has no twin, so neither has the split around it
+            return self
+        return _native.Partition(inner, list(self.llm_devices), list(self.embedding_devices))
 
 
 def unlimited(replicas: int) -> Column:

@@ -9,7 +9,7 @@ slo_aware          earliest due time                       least outstanding tok
 hybrid             least laxity (docs/hybrid.md)           predicted finish           HybridLimit
 round_robin        arrival                                 round robin                unlimited: a plain router
 least_in_flight    arrival                                 least in flight            unlimited: a plain router
-separate           arrival                                 least in flight in a part  the engine's concurrency
+separate           arrival                                 least in flight            the same, in a part each
 upstream_hybrid    priority, arrival; embeddings: arrival  least load last reported   unlimited: a plain router
 power_of_two       arrival                                 less expected wait of two  unlimited: a plain router
 prefix_affinity    arrival                                 by prefix, load bounded    unlimited: a plain router
@@ -31,19 +31,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from sage_core.errors import ConfigError
-from sage_core.policy import Admit, Order, Policy, Predict, Route
+from sage_core.policy import Admit, Limit, Order, Policy, Predict, Route
 from sage_core.slo import SloTable
 from sage_core.units import NEVER, seconds
 from sage_policies.affinity import PrefixAffinity
 from sage_policies.bounds import require
 from sage_policies.headroom import Headroom
 from sage_policies.hybrid import HybridLimit, HybridOrder
-from sage_policies.limit import EngineLimit
+from sage_policies.limit import EngineLimit, Partition
 from sage_policies.order import EarliestDeadline, Fifo, PriorityOrder
 from sage_policies.power_of_two import PowerOfTwo
 from sage_policies.predict import MaxPrediction, TenantQuantile
 from sage_policies.qlm import DeadlineGroups
-from sage_policies.route import LeastInFlight, LeastOutstandingTokens, Partition, PredictedFinish, RoundRobin
+from sage_policies.route import LeastInFlight, LeastOutstandingTokens, PredictedFinish, RoundRobin
 from sage_policies.shedding import ShedAtSaturation
 from sage_policies.upstream import UpstreamOrder, UpstreamRoute
 from sage_policies.vtc import LeastServed
@@ -92,8 +92,8 @@ def separate(
     devices = sorted(shared_devices)
     cut = min(max(int(llm_share * len(devices) + 0.5), 1), len(devices) - 1)
     llm, embedding = (devices[:cut], devices[cut:]) if len(devices) > 1 else ([], [])
-    route = Partition(LeastInFlight(), llm, embedding)
-    return _preset("separate", Fifo(), route, EngineLimit(limit_factor), predict, admit)
+    limit = Partition(EngineLimit(limit_factor), llm, embedding)
+    return _preset("separate", Fifo(), LeastInFlight(), limit, predict, admit)
 
 
 def hybrid(
@@ -267,7 +267,7 @@ def preset(name: str) -> Policy:
 
 
 def _preset(
-    name: str, order: Order, route: Route, limit: EngineLimit, predict: Predict | None, admit: Admit | None
+    name: str, order: Order, route: Route, limit: Limit, predict: Predict | None, admit: Admit | None
 ) -> Policy:
     return Policy(name, admit, order, route, limit, MaxPrediction() if predict is None else predict)
 

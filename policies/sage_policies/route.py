@@ -7,15 +7,13 @@ joined first. Capacity is not a route's business: the mechanism offers only open
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from sage_core.errors import ConfigError
-from sage_core.policy import Column, ReplicaView, Route, Scores, TaskView, native_twin
-from sage_core.units import Nanos, PoolKind
+from sage_core.policy import Column, ReplicaView, Scores, TaskView
+from sage_core.units import Nanos
 from sage_policies.bounds import require
 
 
@@ -108,41 +106,6 @@ class PredictedFinish:
         from sage_core import _native
 
         return _native.PredictedFinish(self.share_penalty)
-
-
-class Partition:
-    """A static split of devices: some serve LLM work only, some embeddings only, and ``inner`` routes within a part.
-
-    Devices in neither part are not restricted, nor are operator pools. The split is kept even when a part has no
-    replica left: that is what a static split costs.
-    """
-
-    def __init__(self, inner: Route, llm_devices: Sequence[int] = (), embedding_devices: Sequence[int] = ()) -> None:
-        both = sorted({*llm_devices} & {*embedding_devices})
-        if both:
-            raise ConfigError(f"policy.route: devices {both} are in both parts; give each to LLM or to embedding")
-        self.inner = inner
-        self.llm_devices = tuple(sorted(llm_devices))
-        self.embedding_devices = tuple(sorted(embedding_devices))
-        self.live = inner.live
-        self.load_weight = inner.load_weight
-
-    def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
-        """The inner score, ``inf`` on devices of the other part."""
-        scores = self.inner.score(now, tasks, replicas)
-        if tasks.pool_kind == PoolKind.OPERATOR:
-            return scores
-        others = self.embedding_devices if tasks.pool_kind == PoolKind.LLM else self.llm_devices
-        closed = np.isin(replicas.device, np.array(others, dtype=np.int64))
-        return np.where(closed[None, :], np.inf, scores)
-
-    def native(self) -> Any:
-        from sage_core import _native
-
-        inner = native_twin(self.inner)
-        if inner is self.inner:  # it has no twin, so neither has the split around it
-            return self
-        return _native.Partition(inner, list(self.llm_devices), list(self.embedding_devices))
 
 
 def _same_for_all(tasks: TaskView, column: Column) -> Scores:

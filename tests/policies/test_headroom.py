@@ -49,7 +49,7 @@ def test_the_nearer_of_two_objectives_decides(tasks, replicas, route):
 
 @pytest.mark.parametrize("route", BOTH)
 def test_without_objectives_it_is_predicted_finish(tasks, replicas, route):
-    view = replicas(prefill_tokens=[500, 0, 90], in_flight=[5, 1, 2], slowdown=[1.0, 3.0, 1.5])
+    view = replicas(prefill_tokens=[500, 0, 90], in_flight=[5, 1, 2], slowdown=1.0)
     task = tasks(1, ttft_due_at=NEVER, due_at=NEVER)
     np.testing.assert_array_equal(route.score(0, task, view), PredictedFinish(0.0).score(0, task, view))
 

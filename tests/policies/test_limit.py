@@ -11,7 +11,7 @@ from sage_core.errors import ConfigError
 from sage_core.policy import QueueView
 from sage_core.units import MILLISECOND, NEVER, PoolKind
 from sage_policies.hybrid import HybridLimit
-from sage_policies.limit import EngineLimit
+from sage_policies.limit import EngineLimit, Partition
 
 EMPTY = QueueView(PoolKind.LLM, 0, 0, NEVER, NEVER)
 
@@ -33,6 +33,19 @@ def test_a_router_has_no_limit(replicas):
 
 def test_engine_limit_survives_an_engine_without_a_maximum(replicas):
     assert EngineLimit(1.0).limit(0, replicas(tasks_max=[NEVER]), EMPTY).tasks_max[0] >= 2**62
+
+
+def test_partition_keeps_each_kind_on_its_devices(replicas):
+    split = Partition(EngineLimit(), llm_devices=[0, 1], embedding_devices=[2])
+    view = replicas(device=[0, 1, 2, 3], tasks_max=[8, 8, 8, 8])
+    for kind, held in ((PoolKind.LLM, [8, 8, 0, 8]), (PoolKind.EMBEDDING, [0, 0, 8, 8]), (PoolKind.OPERATOR, [8] * 4)):
+        limits = split.limit(0, view, QueueView(kind, 0, 0, NEVER, NEVER))
+        assert limits.tasks_max.tolist() == limits.tasks_max_batch.tolist() == held
+
+
+def test_partition_refuses_a_device_in_both_parts():
+    with pytest.raises(ConfigError, match=r"devices \[1\]"):
+        Partition(EngineLimit(), [0, 1], [1, 2])
 
 
 def test_hybrid_keeps_slots_for_urgent_work_and_bounds_prompts_and_memory(replicas):

@@ -13,12 +13,12 @@ from sage_core.units import MILLISECOND, NEVER, SECOND, PoolKind
 from sage_policies.affinity import PrefixAffinity
 from sage_policies.headroom import Headroom
 from sage_policies.hybrid import HybridLimit, HybridOrder
-from sage_policies.limit import EngineLimit
+from sage_policies.limit import EngineLimit, Partition
 from sage_policies.order import EarliestDeadline, Fifo, PriorityOrder, ShortestFirst, WeightedSum
 from sage_policies.power_of_two import PowerOfTwo
 from sage_policies.presets import PRESETS, separate
 from sage_policies.qlm import DeadlineGroups
-from sage_policies.route import LeastInFlight, LeastOutstandingTokens, Partition, PredictedFinish, RoundRobin
+from sage_policies.route import LeastInFlight, LeastOutstandingTokens, PredictedFinish, RoundRobin
 from sage_policies.shedding import ShedAtSaturation
 from sage_policies.upstream import UpstreamOrder, UpstreamRoute
 from sage_policies.vtc import LeastServed
@@ -41,7 +41,6 @@ ORDERS += [
     UpstreamOrder(),
 ]
 ROUTES = [RoundRobin(), LeastInFlight(), LeastOutstandingTokens(), PredictedFinish(), PredictedFinish(0.3)]
-ROUTES += [Partition(PredictedFinish(), [0, 1], [2]), Partition(LeastInFlight(), [2], [0])]
 ROUTES += [LeastExpectedWait(), PowerOfTwo(), PrefixAffinity(), PrefixAffinity(1.0), Headroom(), Headroom(pack=True)]
 ROUTES += [UpstreamRoute(), UpstreamRoute([0, 2]), UpstreamRoute([1], counted=True)]
 ADMITS = [
@@ -52,6 +51,7 @@ ADMITS = [
 LIMITS = [EngineLimit(), EngineLimit(0.37), EngineLimit(None), HybridLimit()]
 LIMITS += [HybridLimit(in_flight_limits=False), HybridLimit(embedding_batches=False)]
 LIMITS += [HybridLimit(starvation_ns=0, reserve=0.5)]
+LIMITS += [Partition(EngineLimit(), [0, 1], [2]), Partition(HybridLimit(), [2], [0])]
 LIMITS += [HybridLimit(reserve=0.33, prefill_depth=0.7, kv_fill=0.123, window_ns=0, margin_ns=0)]
 
 instants = st.integers(0, 10**13)
@@ -289,8 +289,8 @@ def test_parts_without_a_twin_stay_python():
     for part in (ShortestFirst(), WeightedSum([Fifo()], [1.0])):
         assert native_twin(part) is part
 
-    class Mine(LeastInFlight):
+    class Mine(EngineLimit):
         native = None
 
-    route = Partition(Mine(), [0], [1])
-    assert native_twin(route) is route
+    split = Partition(Mine(), [0], [1])
+    assert native_twin(split) is split

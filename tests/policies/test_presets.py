@@ -16,10 +16,10 @@ from sage_core.errors import ConfigError
 from sage_core.reference import Mechanism
 from sage_core.units import MILLISECOND, NEVER, SECOND, PoolKind
 from sage_policies import presets
-from sage_policies.limit import EngineLimit
+from sage_policies.limit import EngineLimit, Partition
 from sage_policies.predict import NoPrediction, TenantQuantile
 from sage_policies.presets import PRESETS, preset
-from sage_policies.route import LeastInFlight, Partition
+from sage_policies.route import LeastInFlight
 
 CONF = Path(__file__).parents[2] / "conf" / "policy"
 LLM, EMBEDDING = 0, 1
@@ -128,9 +128,9 @@ def test_separate_never_mixes_kinds_on_a_shared_device():
     ],
 )
 def test_separate_gives_each_part_its_share_and_at_least_one(devices, share, llm, embedding):
-    route = presets.separate(shared_devices=devices, llm_share=share).route
-    assert isinstance(route, Partition)
-    assert (route.llm_devices, route.embedding_devices) == (llm, embedding)
+    limit = presets.separate(shared_devices=devices, llm_share=share).limit
+    assert isinstance(limit, Partition)
+    assert (tuple(limit.llm_devices), tuple(limit.embedding_devices)) == (llm, embedding)
 
 
 def test_hybrid_keeps_slots_for_interactive_work():

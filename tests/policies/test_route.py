@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_core.errors import ConfigError
-from sage_core.units import PoolKind
-from sage_policies.route import LeastInFlight, LeastOutstandingTokens, Partition, PredictedFinish, RoundRobin
+from sage_policies.route import LeastInFlight, LeastOutstandingTokens, PredictedFinish, RoundRobin
 
 
 def best(route, tasks_view, replicas_view):
@@ -61,21 +60,6 @@ def test_predicted_finish_is_the_stated_formula(tasks, replicas):
 def test_predicted_finish_without_costs_is_least_in_flight(tasks, replicas):
     unknown = {"fixed_ns": 0.0, "input_token_ns": 0.0, "output_token_ns": 0.0, "output_seq_ns": 0.0}
     assert best(PredictedFinish(), tasks(1), replicas(in_flight=[2, 1, 3], **unknown)) == [1]
-
-
-def test_partition_keeps_each_kind_on_its_devices(tasks, replicas):
-    route = Partition(LeastInFlight(), llm_devices=[0, 1], embedding_devices=[2])
-    view = replicas(device=[0, 1, 2, 3])
-    assert np.isinf(route.score(0, tasks(1), view)).tolist() == [[False, False, True, False]]
-    embedding = tasks(1, pool_kind=PoolKind.EMBEDDING)
-    assert np.isinf(route.score(0, embedding, view)).tolist() == [[True, True, False, False]]
-    operator = tasks(1, pool_kind=PoolKind.OPERATOR)
-    assert not np.isinf(route.score(0, operator, view)).any()
-
-
-def test_partition_refuses_a_device_in_both_parts():
-    with pytest.raises(ConfigError, match=r"devices \[1\]"):
-        Partition(LeastInFlight(), [0, 1], [1, 2])
 
 
 def test_a_negative_penalty_is_refused():
