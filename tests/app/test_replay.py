@@ -172,8 +172,8 @@ class TestDiverged:
     def test_another_configuration_of_the_same_policy(self, sage: Sage, recorded: Path) -> None:
         path = recorded / "config.yaml"
         text = path.read_text()
-        assert text.count("prefill_depth: 0.5") == 1
-        path.write_text(text.replace("prefill_depth: 0.5", "prefill_depth: 0.01"))
+        assert text.count("prefill_depth: 2.0") == 1
+        path.write_text(text.replace("prefill_depth: 2.0", "prefill_depth: 0.01"))
         done = sage("replay", recorded)
         assert done.code == 7 and "replay diverged at step " in done.err
 

@@ -146,7 +146,7 @@ def test_short_runs_say_that_their_intervals_are_too_narrow(
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("policy=nope", "Could not find 'policy/nope' Available options in 'policy': fifo"),
+        ("policy=nope", "Could not find 'policy/nope' Available options in 'policy': edf fifo"),
         ("policy", "expected KEY=VALUE, as in policy=fifo"),
         ("load.rate=3", "load.rate=3: the load, objectives and window of a recorded run stand"),
         ("slo=strict", "what can be changed is policy, cluster, attempts_max, mechanism"),

@@ -73,6 +73,6 @@ def test_commands_of_the_readme_exist() -> None:
 def test_experiments_and_policies_of_the_readme_exist() -> None:
     readme = ROOT.joinpath("README.md").read_text()
     for group in ("experiment", "policy", "load"):
-        for names in re.findall(rf"\b{group}=([\w,]+)", readme):
+        for names in re.findall(rf"\b{group}=([\w,/]+)", readme):
             for name in names.split(","):
                 assert ROOT.joinpath(f"conf/{group}/{name}.yaml").is_file(), f"{group}={name}"
