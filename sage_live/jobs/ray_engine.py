@@ -45,6 +45,7 @@ class EngineActor:
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
+        self._given_up = False
         self._starting: asyncio.Task[JobProcess] | None = None
         self._process: JobProcess | None = None
         self._raylet: asyncio.Task[None] | None = None
@@ -53,6 +54,8 @@ class EngineActor:
         """Its URL and "", or "" and why it did not come up."""
         self._raylet = asyncio.create_task(end_with_raylet())
         host = ray_module().util.get_node_ip_address()
+        if self._given_up:  # calls of an actor that was slow to come up need not keep their order
+            return "", f"{name}: was given up before it started"
         try:
             # Any port, not the registry's: raylets of one machine do not know of each other's engines.
             work = start_process(name, launch, gpus, host, any_port(host), None, self._grace_s)
@@ -65,7 +68,8 @@ class EngineActor:
         return self._process.url, ""
 
     async def give_up(self) -> None:
-        """End what :meth:`start` began; returns when nothing of it runs."""
+        """End what :meth:`start` began, or would begin; returns when nothing of it runs."""
+        self._given_up = True
         while self._starting is not None and not self._starting.done():
             self._starting.cancel()  # SIGTERM at first, SIGKILL when it is cancelled again (JobProcess.stop)
             await asyncio.wait([self._starting], timeout=GIVE_UP_S)

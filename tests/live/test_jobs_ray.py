@@ -222,7 +222,7 @@ def test_up_status_and_down_are_commands_of_their_own(raylets: Any, second: Any,
     finally:
         down = sage("down")
     assert down.returncode == 0, down.stderr
-    assert not engine_pids()
+    asyncio.run(until(lambda: not engine_pids()))
     gone = sage("status")
     assert gone.returncode == 10
     assert "is not up on this Ray cluster" in gone.stderr
@@ -238,7 +238,8 @@ def test_an_interrupted_up_stops_what_it_started(raylets: Any, second: Any, file
     up.send_signal(signal.SIGINT)
     _, err = up.communicate(timeout=60)
     assert up.returncode == 130, err
-    assert not engine_pids()
+    # The guard of an engine whose actor was killed before it could answer, on a busy machine, takes a moment longer.
+    asyncio.run(until(lambda: not engine_pids()))
     assert RayCluster.find(connect(), "two") is None
 
 
