@@ -121,9 +121,17 @@ pytestmark = pytest.mark.xdist_group("cluster")
 _before: set[int] = set()
 
 
+def ports_of_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the engines of these tests begin to look for a port."""
+    monkeypatch.setenv("SAGE_LLM_PORT", "18001")
+    monkeypatch.setenv("SAGE_EMBEDDING_PORT", "18201")
+
+
 @pytest.fixture(autouse=True)
-def _others() -> None:
-    """What earlier tests of this process left running (a pool of workers) is none of ours."""
+def _others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier tests of this process left running (a pool of workers) is none of ours; and the ports are ours alone:
+    an engine that finds its port taken by a test beside this one is started again, and every count is off."""
+    ports_of_clusters(monkeypatch)
     _before.clear()
     _before.update(ours())
 
@@ -314,6 +322,7 @@ def test_ports_follow_the_registry_and_none_is_given_twice(monkeypatch: pytest.M
         ports.release(first)
         assert ports.take("llm") == first
     monkeypatch.delenv("SAGE_LLM_PORT")
+    monkeypatch.delenv("SAGE_EMBEDDING_PORT")
     assert len({ports.take("embedding") for _ in range(3)}) == 3
 
 
