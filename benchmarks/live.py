@@ -2,7 +2,8 @@
 
 There the engine's model is the truth, so what differs is everything else: HTTP, the event loops, the network of one
 machine, and how punctual they are on it. *fidelity*: errors of the simulated run of the same configuration, from idle to
-saturated, with the difference between two live runs beside them. *ranking*: every policy on a mixed load at high
+saturated, with the difference between two live runs beside them. What a message takes from the plane to an engine and
+back is calibrated first, with embeddings one at a time; everything else is the model as it is. *ranking*: every policy on a mixed load at high
 utilisation, live and simulated; Kendall's tau between the two orders.
 """
 
@@ -23,6 +24,7 @@ from scipy.stats import kendalltau
 
 from sage_bench.config import composed
 from sage_bench.live import run_live
+from sage_bench.results.reader import Run
 from sage_bench.run import run
 from sage_bench.validate.live import validate_run
 
@@ -35,6 +37,15 @@ ONE_ENGINE = (
     "+load.classes.chat.output_tokens={_target_: sage_bench.loads.Lognormal, median: 60, sigma: 0.5, low: 4, high: 256}",
     "load.classes.chat.output_tokens_max=256",
 )
+ONE_AT_A_TIME = (
+    *ONE_ENGINE[:2],
+    "~load.classes.chat",
+    "load.classes.embedding.share=1.0",
+    "load.rate=8",
+    "load.arrivals={_target_: sage_bench.loads.Constant}",
+)
+"""Embeddings only, far enough apart that none waits for another."""
+
 RATES = {"idle": 1.0, "half": 8.0, "busy": 16.0}
 """Requests/s on one emulated A100 with Llama-3.1-8B, and an L4 for embeddings."""
 
@@ -74,10 +85,11 @@ def main() -> None:
 def fidelity(seconds: float, folder: Path, console: Console) -> Figures:
     """Errors in per cent of measured, by load, kind and latency."""
     table = Table("load", "kind", "latency", "mean %", "p95 %", "noise of the mean %", title="simulated against live")
-    found: Figures = {}
+    way = network(seconds, folder)
+    found: Figures = {"network": way}
     for load, rate in RATES.items():
         first, second = (live([*ONE_ENGINE, f"load.rate={rate}"], seconds, folder / f"{load}-{n}") for n in (1, 2))
-        errors = validate_run(first, folder / f"validate-{load}", against=second)
+        errors = validate_run(first, folder / f"validate-{load}", way, second)
         assert errors.noise_pct is not None
         for kind, latencies in errors.kinds.items():
             for name, latency in latencies.items():
@@ -95,6 +107,16 @@ def fidelity(seconds: float, folder: Path, console: Console) -> Figures:
                 table.add_row(load, kind, name, *(f"{x:+.2f}" if x is not None else "" for x in (mean, p95, noise)))
     console.print(table)
     return found
+
+
+def network(seconds: float, folder: Path) -> list[str]:
+    """Overrides of the twin: the delay with which embeddings that wait for nothing take as long as they did live."""
+    run = live(ONE_AT_A_TIME, seconds, folder / "network", seed=12)
+    errors = validate_run(run, folder / "validate-network")
+    e2e = errors.kinds["embedding"]["e2e"].p50
+    config = Run(run).manifest.config["cluster"]["network"]
+    delay_s = config["delay_s"] + (e2e.measured - e2e.simulated) / 2
+    return [f"cluster.network.delay_s={max(delay_s, 0.0):.6f}"]
 
 
 def ranking(policies: Sequence[str], seconds: float, folder: Path, console: Console) -> Figures:
@@ -145,16 +167,16 @@ def told(folder: Path) -> dict[str, float]:
     }
 
 
-def live(overrides: Sequence[str], seconds: float, results: Path) -> Path:
-    """One live run; SystemExit where the generator could not keep up, because then nothing was measured."""
-    done = run_live(composed([*overrides, "driver=live", *common(seconds, results)]))
+def live(overrides: Sequence[str], seconds: float, results: Path, seed: int = 11) -> Path:
+    """One live run."""
+    done = run_live(composed([*overrides, "driver=live", *common(seconds, results, seed)]))
     if done.summary.invalid:
         print(f"INVALID: {'; '.join(done.summary.invalid)}")
     return done.folder
 
 
-def common(seconds: float, results: Path) -> list[str]:
-    return [f"load.duration_s={seconds:g}", "warmup_s=5", f"results={results}", "seed=11"]
+def common(seconds: float, results: Path, seed: int = 11) -> list[str]:
+    return [f"load.duration_s={seconds:g}", "warmup_s=5", f"results={results}", f"seed={seed}"]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 vLLM's CPU build runs a small model on one core (``make install-live``); its API server, control plane and load generator have
 the other. It is calibrated with one designed set of requests (``sage calibrate``). Then other requests are sent: other
 lengths, other arrival processes, loads from idle to saturated, all of them in turn and the whole round several times, so
-that a slow minute of the machine falls on each; and each live run is simulated with the calibrated profile. Errors (of the
-means over the rounds) stand beside how far the live runs of one load are apart, below which no error means anything.
+that a slow minute of the machine falls on each. After every round it is calibrated again, and each live run is simulated
+with the profiles from before and after it: what is predicted is the engine, and not that the machine is as fast as some
+minutes ago. Errors (of the means over the rounds) stand beside how far the live runs of one load are apart (noise), below
+which no error means anything, and beside how far the two predictions are (drift).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import live_engines  # noqa: E402
 
-from sage_bench.calibrate.session import Wanted, calibrate_engine  # noqa: E402
+from sage_bench.calibrate.session import Report, Wanted, calibrate_engine  # noqa: E402
 from sage_bench.cli.calibrate import show  # noqa: E402
 from sage_bench.config import composed  # noqa: E402
 from sage_bench.live import run_live  # noqa: E402
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=tuple(LENGTHS), default="tiny-random")
     parser.add_argument("--seconds", type=float, default=45.0, help="of load, each run")
     parser.add_argument("--rounds", type=int, default=3, help="live runs of each load, from 2")
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds for the calibration")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds for each calibration")
     parser.add_argument("--capacity", type=float, default=None, help="requests/s that saturate it; measured otherwise")
     parser.add_argument("--loads", nargs="+", choices=tuple(ARRIVALS), default=list(ARRIVALS))
     parser.add_argument("--out", type=Path, default=OUT)
@@ -96,56 +98,73 @@ def main() -> None:
 def measure(
     engine: live_engines.Engine, options: argparse.Namespace, folder: Path, console: Console
 ) -> dict[str, object]:
-    """Calibrate, then predict every load."""
-    profile = folder / "engine.yaml"
+    """Calibrate, send every load, calibrate again, and so on; then predict what was sent."""
     before = os.getloadavg()[0]
-    wanted = Wanted(engine.url, engine.model, budget_s=options.budget, max_num_seqs=16, prompt_max=1024)
-    report = calibrate_engine(wanted, profile, lambda line: console.print(line, style="dim", markup=False))
-    show(report, profile, console)
-    found: dict[str, object] = {
-        "engine": f"vLLM {live_engines.version('vllm')} (CPU), {engine.model}",
-        "load_average_before": before,
-        "calibration_s": report.seconds,
-        "calibration_requests": report.requests,
-        "calibration_scatter_pct": report.scatter_pct,
-    }
-    device = json.dumps({"node": "cpu", "llm": report.device})
+    reports = [_calibrated(engine, options.budget, folder / "engine-0.yaml", console)]
     lengths = LENGTHS[options.engine]
-    capacity = options.capacity or _capacity(engine, device, lengths, folder)
-    found["capacity_req_s"] = capacity
-    table = Table(
-        "load", "latency", "measured", "mean %", "p95 %", "noise %", title=f"{engine.model}: simulated against live"
-    )
-    runs: dict[str, list[RunFidelity]] = {load: [] for load in options.loads}
+    capacity = options.capacity or _capacity(engine, _device(reports[0]), lengths, folder)
+    runs: dict[str, list[Path]] = {load: [] for load in options.loads}
     for number in range(options.rounds):
         for load in options.loads:
             share, arrivals = ARRIVALS[load]
             seconds, warmup = (options.seconds, 4.0) if share < 1 else (options.seconds / share, 0.0)
             results = folder / f"{load}-{number}"
-            run = _live(engine, device, lengths, share * capacity, arrivals, seconds, results, warmup)
-            runs[load].append(validate_run(run, folder / f"validate-{load}-{number}"))
-    for load, fidelities in runs.items():
-        for name, row in _errors(fidelities):
+            runs[load].append(
+                _live(engine, _device(reports[-1]), lengths, share * capacity, arrivals, seconds, results, warmup)
+            )
+        reports.append(_calibrated(engine, options.budget, folder / f"engine-{number + 1}.yaml", console))
+    found: dict[str, object] = {
+        "engine": f"vLLM {live_engines.version('vllm')} (CPU), {engine.model}",
+        "load_average_before": before,
+        "calibrations": len(reports),
+        "calibration_s": sum(report.seconds for report in reports),
+        "calibration_requests": sum(report.requests for report in reports),
+        "calibration_scatter_pct": statistics.fmean(report.scatter_pct for report in reports),
+        "capacity_req_s": capacity,
+    }
+    columns = ("load", "latency", "requests", "measured", "mean %", "p95 %", "noise %", "drift %")
+    table = Table(*columns, title=f"{engine.model}: simulated against live")
+    for load, folders in runs.items():
+        twice = [
+            [validate_run(run, folder / f"validate-{run.name}-{i}", [_device(report)]) for report in reports[i : i + 2]]
+            for i, run in enumerate(folders)
+        ]
+        for name, row in _errors(twice):
             found[f"{load}_{name}"] = row
             shown = (f"{row[key]:+.2f}" for key in ("mean_pct", "p95_pct"))
-            table.add_row(load, name, f"{row['measured_mean_ms']:.1f} ms", *shown, f"{row['noise_pct']:.2f}")
+            rest = (f"{row[key]:.2f}" for key in ("noise_pct", "drift_pct"))
+            table.add_row(load, name, f"{row['requests']}", f"{row['measured_mean_ms']:.1f} ms", *shown, *rest)
     console.print(table)
     found["load_average_after"] = os.getloadavg()[0]
     return found
 
 
-def _errors(runs: Sequence[RunFidelity]) -> Iterator[tuple[str, dict[str, float]]]:
-    """By latency. ``mean_pct``, ``p95_pct``: simulated over live, each the mean of the runs. ``noise_pct``: from the least
-    to the largest live mean, over their mean."""
-    (kind,) = runs[0].kinds
-    for name in ("ttft", "tpot", "e2e"):
-        latencies = [run.kinds[kind][name] for run in runs]
-        means = [each.mean.measured for each in latencies]
+def _calibrated(engine: live_engines.Engine, budget_s: float, profile: Path, console: Console) -> Report:
+    wanted = Wanted(engine.url, engine.model, budget_s=budget_s, max_num_seqs=16, prompt_max=1024)
+    report = calibrate_engine(wanted, profile, lambda line: console.print(line, style="dim", markup=False))
+    show(report, profile, console)
+    return report
 
-        def error(statistic: str, of: Sequence[Latency] = latencies) -> float:
-            pairs: list[Compared] = [getattr(each, statistic) for each in of]
+
+def _device(report: Report) -> str:
+    """The override that puts the calibrated engine into the cluster."""
+    return f"cluster.devices=[{_hydra({'node': 'cpu', 'llm': report.device})}]"
+
+
+def _errors(runs: Sequence[Sequence[RunFidelity]]) -> Iterator[tuple[str, dict[str, float]]]:
+    """By latency. runs: each with its simulations, by the profile from before it and by that from after it. ``mean_pct``,
+    ``p95_pct``: simulated over live, each the mean of the runs. ``noise_pct``: from the least to the largest live mean, over
+    their mean. ``drift_pct``: between the two simulated means of a run, over the first, mean of the runs."""
+    (kind,) = runs[0][0].kinds
+    for name in ("ttft", "tpot", "e2e"):
+        latencies = [[each.kinds[kind][name] for each in run] for run in runs]
+        means = [first.mean.measured for first, _ in latencies]
+
+        def error(statistic: str, of: Sequence[Sequence[Latency]] = latencies) -> float:
+            pairs: list[Compared] = [getattr(each, statistic) for run in of for each in run]
             return 100 * (sum(pair.simulated for pair in pairs) / sum(pair.measured for pair in pairs) - 1)
 
+        drifts = [abs(after.mean.simulated / before.mean.simulated - 1) for before, after in latencies]
         yield (
             name,
             {
@@ -153,7 +172,8 @@ def _errors(runs: Sequence[RunFidelity]) -> Iterator[tuple[str, dict[str, float]
                 "mean_pct": error("mean"),
                 "p95_pct": error("p95"),
                 "noise_pct": 100 * (max(means) - min(means)) / statistics.fmean(means),
-                "requests": sum(each.samples for each in latencies),
+                "drift_pct": 100 * statistics.fmean(drifts),
+                "requests": sum(first.samples for first, _ in latencies),
             },
         )
 
@@ -184,7 +204,7 @@ def _live(
         f"driver.engines=[{engine.url}]",
         f"+driver.models.llm={engine.model}",
         f"driver.tokenizer={live_engines.MODELS / engine.model}",
-        f"cluster.devices=[{_hydra(json.loads(device))}]",
+        device,
         "~load.classes",
         "+load.classes={text: {_target_: sage_bench.loads.RequestClass, kind: generate, share: 1.0, tenants: default, "
         f"priority: 0, input_tokens: {lengths[0]}, output_tokens: {lengths[1]}, output_tokens_max: 128}}}}",

@@ -66,6 +66,14 @@ _EXPENSE: Final = (
     "energy_j_per_1m_tokens",
     "energy_j_per_1m_output_tokens",
 )
+_HOST: Final = (
+    "machine_cpu_mean",
+    "machine_cpu_max",
+    "gateway_cpu_mean",
+    "gateway_cpu_max",
+    "generator_cpu_mean",
+    "generator_cpu_max",
+)
 _LATENCIES: Final = (
     "slo_attainment",
     "ttft_ns_p50",
@@ -97,6 +105,7 @@ _DEFINED: Final = (
     *_WAITING[-2:],
     *_DEVICES,
     *_EXPENSE,
+    *_HOST[::2],
 )
 
 
@@ -207,6 +216,7 @@ def _policies(summary: Summary, condition: Condition) -> Iterator[Sheet]:
         (": time queued, and in the plane", _WAITING),
         (": devices", _DEVICES),
         (": cost and energy", _EXPENSE),
+        (": CPU of the machine that ran it", _HOST),
     ):
         names = [name for name in wanted if has(of, ALL, name)]
         if not names:

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "sage/hashing.hpp"
 #include "sage/mechanism.hpp"
 #include "sage/plane.hpp"
 
@@ -17,6 +18,7 @@ namespace py = pybind11;
 namespace {
 
 using sage::kNever;
+using sage::mix;
 using sage::Pool;
 using sage::PoolKind;
 using sage::ReplicaTable;
@@ -31,14 +33,6 @@ constexpr double kMissedNs = 0x1p60;               // headroom.py MISSED_NS
 constexpr double kLoadSpan = 0x1p26;               // upstream.py SPAN
 
 double real(std::int64_t value) { return static_cast<double>(value); }
-
-// hashing.py mix
-std::uint64_t mix(std::uint64_t bits) {
-  bits += 0x9E3779B97F4A7C15u;
-  bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
-  bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
-  return bits ^ (bits >> 31);
-}
 
 // --- orders ----------------------------------------------------------------------------------------------------------
 
@@ -174,10 +168,8 @@ class PrefixAffinity : public sage::Route {
     for (std::size_t r = 0; r < replicas; ++r) total += s.in_flight[r];
     const double mean = (real(total) + 1.0) / std::max(static_cast<double>(replicas), 1.0);
     const double room = std::ceil(load_factor_ * mean);
-    const std::uint64_t of_prefix = mix(static_cast<std::uint64_t>(prefix));
     for (std::size_t r = 0; r < replicas; ++r) {
-      const std::uint64_t draw = mix(of_prefix ^ static_cast<std::uint64_t>(s.replica[r])) >> 12;
-      out[r] = static_cast<double>(draw) + (real(s.in_flight[r]) + 1.0 > room ? kOverloaded : 0.0);
+      out[r] = static_cast<double>(sage::draw(prefix, s.replica[r])) + (real(s.in_flight[r]) + 1.0 > room ? kOverloaded : 0.0);
     }
   }
 

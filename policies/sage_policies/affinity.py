@@ -19,7 +19,7 @@ import numpy as np
 from sage_core.policy import ReplicaView, Scores, TaskView
 from sage_core.units import Nanos
 from sage_policies.bounds import require
-from sage_policies.hashing import mix
+from sage_policies.hashing import draws
 
 OVERLOADED: Final = 2.0**52
 """Where replicas without room begin; a draw is a whole number below it, so scores are exact."""
@@ -45,8 +45,7 @@ class PrefixAffinity:
         in_flight = replicas.in_flight.astype(np.float64)
         mean = (in_flight.sum() + 1.0) / float(max(len(replicas), 1))
         overloaded = np.where(in_flight + 1.0 > np.ceil(self.load_factor * mean), OVERLOADED, 0.0)
-        draws = mix(mix(tasks.prefix)[:, None] ^ replicas.replica.astype(np.uint64)[None, :]) >> np.uint64(12)
-        ranked = draws.astype(np.float64) + overloaded[None, :]
+        ranked = draws(tasks.prefix, replicas.replica).astype(np.float64) + overloaded[None, :]
         return np.where((tasks.prefix != 0)[:, None], ranked, in_flight[None, :])
 
     def native(self) -> Any:

@@ -27,6 +27,13 @@ def mix(numbers: Column | NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed
 
 
+def draws(prefixes: Column, replicas: Column) -> NDArray[np.uint64]:
+    """(prefixes, replicas) of what each replica draws for each prefix, below 2^52: the lowest is where the prefix should be
+    cached (rendezvous hashing). A replica that joins or leaves moves only the prefixes that it wins or loses."""
+    drawn: NDArray[np.uint64] = mix(mix(prefixes)[:, None] ^ replicas.astype(np.uint64)[None, :]) >> np.uint64(12)
+    return drawn
+
+
 def uniform(numbers: Column) -> NDArray[np.float64]:
     """Each number as a draw from [0, 1)."""
     return (mix(numbers) >> np.uint64(11)).astype(np.float64) * UNIT

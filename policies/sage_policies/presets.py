@@ -123,6 +123,8 @@ def hybrid(
     margin_s: float = 0.002,
     predicted_routing: bool = True,
     share_penalty: float = 0.5,
+    prefix_routing: bool = True,
+    prefix_reuse: float = 0.5,
     predict: Predict | None = None,
     admit: Admit | None = None,
     name: str = "hybrid",
@@ -161,7 +163,8 @@ def hybrid(
         margin_ns=_span("margin_s", margin_s),
         starvation_ns=_span("starvation_s", starvation_s) if starvation else NEVER,
     )
-    route: Route = PredictedFinish(share_penalty) if predicted_routing else LeastInFlight()
+    predicted = PredictedFinish(share_penalty, prefix_reuse if prefix_routing else 0.0)
+    route: Route = predicted if predicted_routing else LeastInFlight()
     return Policy(name, admit, order, route, limit, TenantQuantile() if predict is None else predict)
 
 

@@ -44,8 +44,7 @@ class Chapter:
 def chapter_of(study: Study, experiments: Experiments) -> Chapter:
     """What ``study`` says of its runs. Raises :class:`DataError`."""
     found = study.findings(experiments)
-    runs = [run for part in (experiments.simulated, experiments.live) for each in part.values() for run in each]
-    compared = conditions(Runs(runs))
+    compared = conditions(Runs(experiments.runs))
     return Chapter(study.name, study.section, study.title, study.question, found, compared, verdicts_of(compared))
 
 

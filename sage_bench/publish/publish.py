@@ -17,6 +17,7 @@ from typing import Final
 from rich.console import Console
 
 from sage_bench.figures.style import save
+from sage_bench.metrics.measure import measure_all
 from sage_bench.publish import latex
 from sage_bench.publish.balance import balance
 from sage_bench.publish.chapter import Chapter, chapter_of, system_chapter
@@ -42,7 +43,9 @@ def publish(studies: Sequence[Study], results: Path, console: Console, *, system
     chapters = []
     for study in studies:
         with console.status(f"reading {study.name}"):
-            chapters.append(chapter_of(study, experiments_in(results, study)))
+            experiments = experiments_in(results, study)
+            measure_all(experiments.runs)
+            chapters.append(chapter_of(study, experiments))
     for chapter in chapters:
         refuse_unequal_hosts(chapter.conditions)
     with console.status("writing the report"):

@@ -21,12 +21,12 @@ from sage_bench.metrics.statistics import CONFIDENCE, Interval, holm, paired, t_
 from sage_bench.results.manifest import Manifest
 from sage_bench.results.reader import Run, Runs
 from sage_bench.studies.findings import Claim, Drawing, Findings, Outcome, TableOf, decided, number, percent
-from sage_bench.studies.points import arm_of, at, choice_of, points, relative, span
+from sage_bench.studies.points import arm_of, at, choice_of, mean, points, relative, span
 from sage_bench.studies.study import Experiments, Study, evidence
 from sage_bench.studies.twins import Sides, side_by_side, sides
 from sage_bench.tables import Sheet
 from sage_core.errors import DataError
-from sage_core.units import SECOND
+from sage_core.units import MILLISECOND, SECOND
 
 GAIN: Final = 1.25
 """Of capacity, asked for under the mix that varies."""
@@ -118,6 +118,7 @@ def findings(experiments: Experiments) -> Findings:
         claims=[
             *_claims(runs, known, best, gains),
             *_point_claims(runs, measured, frame, best["varying"], at_rate),
+            _throughput_claim(runs, measured, known["varying"][UNIFIED], gains["varying"]),
             *_live_claims(of),
         ],
         nowhere=[_nowhere(mix, by_mix[mix], best[mix]) for mix in known],
@@ -447,6 +448,17 @@ def _point_claims(runs: Runs, measured: pd.DataFrame, frame: pd.DataFrame, best:
         )
     )
     return claims
+
+
+def _throughput_claim(runs: Runs, measured: pd.DataFrame, unified: Capacity, gain: Interval) -> Claim:
+    """The gain, and the latency of chat at the highest rate of the grid that the unified plane sustains."""
+    asked = "improves throughput by [Y]x while p95 stays below [Z] ms"
+    if gain.n == 0:
+        return Claim("throughput-p95", 258, asked, "the rates do not bracket the capacities", "not measured", ())
+    rate = unified.between[0]
+    p95 = mean(at(measured, "chat", mix="varying", rate=rate, policy=UNIFIED), "ttft_ns_p95")
+    text = f"{_times(gain)} the goodput capacity; at {rate:g} requests/s p95 TTFT of chat is {number(p95.mean / MILLISECOND)} ms"
+    return Claim("throughput-p95", 258, asked, f"{text}{span(p95, MILLISECOND)}", _over(gain, 1.0), evidence(runs))
 
 
 def _live(of: Sides) -> list[TableOf]:

@@ -220,6 +220,7 @@ def _claims(
 ) -> list[Claim]:
     damage = _mean(frame, WITHOUT, "ttft_p99") / MILLISECOND
     share = _mean(frame, WITH, "slo")
+    worse = _ratio(frame, WITHOUT, WITH, "ttft_p99")
     return [
         Claim(
             "isolation-latency",
@@ -243,6 +244,14 @@ def _claims(
             "without isolation p99 rises to [A] ms",
             f"p99 TTFT of the interactive tenant {number(damage)} ms under {WITHOUT}, {number(slow[WITHOUT].mean)}x of solo{span(slow[WITHOUT])}",
             _within(slow[WITHOUT], least=1.0),
+            evidence(runs),
+        ),
+        Claim(
+            "fifo-degrades",
+            267,
+            "an insight, such as FIFO degrades p99 by [C]x",
+            f"{WITHOUT} makes the interactive p99 TTFT {number(worse.mean)}x that of {WITH} on the same requests{span(worse)}",
+            _within(worse, least=1.0),
             evidence(runs),
         ),
         Claim(

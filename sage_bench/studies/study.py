@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from sage_bench.results.reader import Runs, load_runs
+from sage_bench.results.reader import Run, Runs, load_runs
 from sage_bench.studies.findings import Findings
 from sage_core.errors import DataError
 
@@ -25,6 +25,11 @@ class Experiments:
 
     simulated: Mapping[str, Runs]
     live: Mapping[str, Runs]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of them, in this order."""
+        return [run for part in (self.simulated, self.live) for runs in part.values() for run in runs]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_core.units import NEVER, PoolKind
+from sage_policies.hashing import draws
 from sage_policies.hybrid import HybridLimit, HybridOrder
 from sage_policies.presets import hybrid
 from sage_policies.route import PredictedFinish
@@ -20,7 +22,7 @@ from sage_policies.rowwise import rows
 DOC = Path(__file__).parents[2] / "docs" / "hybrid.md"
 FLAGS = ("laxity", "shortest", "classes", "demotion", "starvation", "fairness")
 REPLICA_COLUMNS = (
-    *("in_flight", "device_in_flight", "prefill_tokens", "tasks_max", "batch_tokens_max", "kv_tokens_max"),
+    *("replica", "in_flight", "device_in_flight", "prefill_tokens", "tasks_max", "batch_tokens_max", "kv_tokens_max"),
     *("fixed_ns", "input_token_ns", "output_token_ns", "output_seq_ns", "slowdown"),
 )
 
@@ -37,6 +39,7 @@ def doc():
         "EMBEDDING": PoolKind.EMBEDDING,
         "ceil": math.ceil,
         "floor": math.floor,
+        "draw": lambda prefix, replica: int(draws(np.array([prefix]), np.array([replica]))[0, 0]),
     }
     exec(compile("\n".join(blocks), str(DOC), "exec"), names)
     return SimpleNamespace(**names)
@@ -72,8 +75,10 @@ def test_limit(doc, any_replicas, any_queue, data):
 def test_route(doc, any_tasks, any_replicas, data):
     now, view = data.draw(any_tasks)
     pool = data.draw(any_replicas)
-    route = PredictedFinish(share_penalty=data.draw(st.floats(0.0, 2.0)))
-    want = [[doc.route_score(task, replica, route) for replica in replica_rows(pool)] for task in rows(view)]
+    route = PredictedFinish(data.draw(st.floats(0.0, 2.0)), data.draw(st.floats(0.0, 1.0)))
+    replicas = replica_rows(pool)
+    homes = [(task, doc.home_of(task, replicas, route)) for task in rows(view)]
+    want = [[doc.route_score(task, replica, home, route) for replica in replicas] for task, home in homes]
     assert route.score(now, view, pool).tolist() == want
 
 

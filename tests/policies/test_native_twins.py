@@ -40,7 +40,7 @@ ORDERS += [
     LeastServed(2),
     UpstreamOrder(),
 ]
-ROUTES = [RoundRobin(), LeastInFlight(), LeastOutstandingTokens(), PredictedFinish(), PredictedFinish(0.3)]
+ROUTES = [RoundRobin(), LeastInFlight(), LeastOutstandingTokens(), PredictedFinish(), PredictedFinish(0.3, 0.6)]
 ROUTES += [LeastExpectedWait(), PowerOfTwo(), PrefixAffinity(), PrefixAffinity(1.0), Headroom(), Headroom(pack=True)]
 ROUTES += [UpstreamRoute(), UpstreamRoute([0, 2]), UpstreamRoute([1], counted=True)]
 ADMITS = [
