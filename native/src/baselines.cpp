@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,6 +30,7 @@ constexpr double kClassSpanNs = 0x1p50;            // order.py CLASS_SPAN_NS
 constexpr double kInstantNsMax = 0x1p50 - 0x1p30;  // order.py INSTANT_NS_MAX
 constexpr double kNoDueNs = 0x1p52;                // order.py NO_DUE_NS
 constexpr double kOverloaded = 0x1p52;             // affinity.py OVERLOADED
+constexpr double kAway = 0x1p60;                   // affinity.py AWAY
 constexpr double kMissedNs = 0x1p60;               // headroom.py MISSED_NS
 constexpr double kLoadSpan = 0x1p26;               // upstream.py SPAN
 
@@ -177,6 +179,37 @@ class PrefixAffinity : public sage::Route {
   double load_factor_;
 };
 
+class PrefixHome : public sage::Route {
+ public:
+  PrefixHome(std::shared_ptr<sage::Route> inner, double load_factor)
+      : inner_(std::move(inner)), load_factor_(load_factor) {}
+  std::string name() const override { return "PrefixHome"; }
+  void score(std::int64_t now, const Pool& pool, std::size_t row, double* out) override {
+    inner_->score(now, pool, row, out);
+    const ReplicaTable& s = pool.serving;
+    const std::size_t replicas = s.size();
+    const std::int64_t prefix = pool.tasks.prefix[row];
+    if (prefix == 0 || replicas == 0) return;
+    std::size_t home = 0;
+    std::uint64_t lowest = std::numeric_limits<std::uint64_t>::max();
+    std::int64_t total = 0;
+    for (std::size_t r = 0; r < replicas; ++r) {
+      total += s.in_flight[r];
+      const std::uint64_t drawn = sage::draw(prefix, s.replica[r]);
+      if (drawn < lowest) lowest = drawn, home = r;
+    }
+    const double mean = (real(total) + 1.0) / static_cast<double>(replicas);
+    if (!(real(s.in_flight[home]) + 1.0 <= std::ceil(load_factor_ * mean))) return;
+    const double waits = s.in_flight[home] > 0 ? kInf : kAway;
+    for (std::size_t r = 0; r < replicas; ++r)
+      if (r != home) out[r] += waits;
+  }
+
+ private:
+  std::shared_ptr<sage::Route> inner_;
+  double load_factor_;
+};
+
 class Headroom : public sage::Route {
  public:
   explicit Headroom(bool pack) : pack_(pack) {}
@@ -302,6 +335,8 @@ void register_baselines(py::module_& m) {
   PartClass<PowerOfTwo, Route>(m, "PowerOfTwo", "Twin of sage_policies.power_of_two.PowerOfTwo.").def(py::init<>());
   PartClass<PrefixAffinity, Route>(m, "PrefixAffinity", "Twin of sage_policies.affinity.PrefixAffinity.")
       .def(py::init<double>(), py::arg("load_factor"));
+  PartClass<PrefixHome, Route>(m, "PrefixHome", "Twin of sage_policies.affinity.PrefixHome.")
+      .def(py::init<std::shared_ptr<sage::Route>, double>(), py::arg("inner"), py::arg("load_factor"));
   PartClass<Headroom, Route>(m, "Headroom", "Twin of sage_policies.headroom.Headroom.")
       .def(py::init<bool>(), py::arg("pack"));
   PartClass<UpstreamRoute, Route>(m, "UpstreamRoute", "Twin of sage_policies.upstream.UpstreamRoute.")

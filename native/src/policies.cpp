@@ -15,7 +15,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "sage/hashing.hpp"
 #include "sage/mechanism.hpp"
 
 namespace py = pybind11;
@@ -218,8 +217,7 @@ struct LeastOutstandingTokens : ColumnRoute {
 
 class PredictedFinish : public sage::Route {
  public:
-  PredictedFinish(double share_penalty, double prefix_reuse)
-      : share_penalty_(share_penalty), prefix_reuse_(prefix_reuse) {}
+  explicit PredictedFinish(double share_penalty) : share_penalty_(share_penalty) {}
   std::string name() const override { return "PredictedFinish"; }
   void score(std::int64_t, const Pool& pool, std::size_t row, double* out) override {
     const ReplicaTable& s = pool.serving;
@@ -227,33 +225,18 @@ class PredictedFinish : public sage::Route {
     const double output = real(pool.tasks.output_tokens[row]);
     const double shared = 1.0 + share_penalty_;
     const std::size_t replicas = s.size();
-    const std::size_t home = prefix_reuse_ > 0.0 ? home_of(pool.tasks.prefix[row], s) : replicas;
     for (std::size_t r = 0; r < replicas; ++r) {
       const double in_flight = real(s.in_flight[r]);  // whole numbers below 2^53: adding 1.0 is exact
       const double others =
           s.input_token_ns[r] * real(s.prefill_tokens[r]) + output * (s.output_seq_ns[r] * (in_flight + 1.0));
-      double read = s.input_token_ns[r] * real(input);
-      if (r == home) read *= 1.0 - prefix_reuse_;
-      const double own = (s.fixed_ns[r] + read) + output * s.output_token_ns[r];
+      const double own = (s.fixed_ns[r] + s.input_token_ns[r] * real(input)) + output * s.output_token_ns[r];
       const double share = s.device_in_flight[r] > s.in_flight[r] ? shared : 1.0;
       out[r] = (others * s.slowdown[r] + own) * share + in_flight;
     }
   }
 
  private:
-  // The replica to which a prefix belongs; none for a task without one.
-  static std::size_t home_of(std::int64_t prefix, const ReplicaTable& s) {
-    std::size_t home = s.size();
-    if (prefix == 0) return home;
-    std::uint64_t lowest = std::numeric_limits<std::uint64_t>::max();
-    for (std::size_t r = 0; r < s.size(); ++r) {
-      const std::uint64_t drawn = sage::draw(prefix, s.replica[r]);
-      if (drawn < lowest) lowest = drawn, home = r;
-    }
-    return home;
-  }
-
-  double share_penalty_, prefix_reuse_;
+  double share_penalty_;
 };
 
 // --- limits ----------------------------------------------------------------------------------------------------------
@@ -445,7 +428,7 @@ void register_policies(py::module_& m) {
                                                  "Twin of sage_policies.route.LeastOutstandingTokens.")
       .def(py::init<>());
   PartClass<PredictedFinish, sage::Route>(m, "PredictedFinish", "Twin of sage_policies.route.PredictedFinish.")
-      .def(py::init<double, double>(), py::arg("share_penalty"), py::arg("prefix_reuse"));
+      .def(py::init<double>(), py::arg("share_penalty"));
 
   PartClass<EngineLimit, sage::Limit>(m, "EngineLimit", "Twin of sage_policies.limit.EngineLimit.")
       .def(py::init<std::optional<double>>(), py::arg("factor"));

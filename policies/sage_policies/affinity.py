@@ -16,13 +16,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from sage_core.policy import ReplicaView, Scores, TaskView
+from sage_core.policy import ReplicaView, Route, Scores, TaskView, native_twin
 from sage_core.units import Nanos
 from sage_policies.bounds import require
 from sage_policies.hashing import draws
 
 OVERLOADED: Final = 2.0**52
 """Where replicas without room begin; a draw is a whole number below it, so scores are exact."""
+
+AWAY: Final = 2.0**60
+"""More than any replica that is not the home may be better, ns; 36 years."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +55,47 @@ class PrefixAffinity:
         from sage_core import _native
 
         return _native.PrefixAffinity(self.load_factor)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHome:
+    """Prompts with a prefix go to its home, and wait in the queue while that takes no more, unless it has more than its share;
+    everything else goes where ``inner`` says.
+
+    The home is the replica with the lowest draw. Its share is that of :class:`PrefixAffinity`. What waits is the plane's: others go
+    first meanwhile, and when the home falls behind the others the prompt may go to any of them.
+
+    inner: must be live. load_factor: see :class:`PrefixAffinity`.
+    """
+
+    inner: Route
+    load_factor: float = 1.25
+    live = True
+    load_weight = 0.0
+
+    def __post_init__(self) -> None:
+        require("load_factor", self.load_factor, 1.0, 1e6)
+
+    def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
+        """Of ``inner``; where a prefix has a home that is not over its share, every other replica ``inf`` if the home has work (it will
+        have room in a moment), else ``AWAY`` more."""
+        scores = self.inner.score(now, tasks, replicas)
+        if len(replicas) == 0:
+            return scores
+        in_flight = replicas.in_flight.astype(np.float64)
+        mean = (in_flight.sum() + 1.0) / float(len(replicas))
+        room = in_flight + 1.0 <= np.ceil(self.load_factor * mean)
+        waits = np.where(in_flight > 0.0, np.inf, AWAY)
+        home = draws(tasks.prefix, replicas.replica).argmin(axis=1)
+        bound = (tasks.prefix != 0) & room[home]
+        elsewhere = np.arange(len(replicas))[None, :] != home[:, None]
+        kept: Scores = np.where(bound[:, None] & elsewhere, scores + waits[home][:, None], scores)
+        return kept
+
+    def native(self) -> Any:
+        from sage_core import _native
+
+        inner = native_twin(self.inner)
+        if inner is self.inner:  # it has no twin, so neither has this
+            return self
+        return _native.PrefixHome(inner, self.load_factor)

@@ -34,7 +34,7 @@ from sage_core.errors import ConfigError
 from sage_core.policy import Admit, Limit, Order, Policy, Predict, Route
 from sage_core.slo import SloTable
 from sage_core.units import NEVER, seconds
-from sage_policies.affinity import PrefixAffinity
+from sage_policies.affinity import PrefixAffinity, PrefixHome
 from sage_policies.bounds import require
 from sage_policies.headroom import Headroom
 from sage_policies.hybrid import HybridLimit, HybridOrder
@@ -124,7 +124,7 @@ def hybrid(
     predicted_routing: bool = True,
     share_penalty: float = 0.5,
     prefix_routing: bool = True,
-    prefix_reuse: float = 0.5,
+    prefix_load_factor: float = 1.25,
     predict: Predict | None = None,
     admit: Admit | None = None,
     name: str = "hybrid",
@@ -163,8 +163,9 @@ def hybrid(
         margin_ns=_span("margin_s", margin_s),
         starvation_ns=_span("starvation_s", starvation_s) if starvation else NEVER,
     )
-    predicted = PredictedFinish(share_penalty, prefix_reuse if prefix_routing else 0.0)
-    route: Route = predicted if predicted_routing else LeastInFlight()
+    route: Route = PredictedFinish(share_penalty) if predicted_routing else LeastInFlight()
+    if prefix_routing:
+        route = PrefixHome(route, prefix_load_factor)
     return Policy(name, admit, order, route, limit, TenantQuantile() if predict is None else predict)
 
 

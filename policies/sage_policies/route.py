@@ -15,7 +15,6 @@ import numpy as np
 from sage_core.policy import Column, ReplicaView, Scores, TaskView
 from sage_core.units import Nanos
 from sage_policies.bounds import require
-from sage_policies.hashing import draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +73,21 @@ class PredictedFinish:
     """The replica on which the task is expected to finish first, given what is in flight there.
 
     share_penalty: added fraction of the whole when another replica's work is on the same device (0 = devices are not
-    shared, 1 = equal time slicing with one neighbour). prefix_reuse: fraction of a prompt with a known prefix that the
-    replica to which the prefix belongs (``hashing.draws``) is expected to have cached.
+    shared, 1 = equal time slicing with one neighbour).
     """
 
     share_penalty: float = 0.5
-    prefix_reuse: float = 0.0
     live = True
     load_weight = 0.0
 
     def __post_init__(self) -> None:
         require("route.share_penalty", self.share_penalty, 0.0)
-        require("route.prefix_reuse", self.prefix_reuse, 0.0, 1.0)
 
     def score(self, now: Nanos, tasks: TaskView, replicas: ReplicaView) -> Scores:
         """Expected residence, ns, plus one per task in flight.
 
         ``((input_token * prefill_tokens + output * (output_seq * (in_flight + 1))) * slowdown + own) * share + in_flight``
-        with ``own = (fixed + input_token * input * (1 - reuse)) + output * output_token``, where ``reuse`` is
-        ``prefix_reuse`` on the replica to which the task's prefix belongs, and 0 on others. The slowdown, which is what others did to
+        with ``own = (fixed + input_token * input) + output * output_token``. The slowdown, which is what others did to
         tasks on the replica, counts for the part that others cause: equal replicas differ in it by chance, and on the
         whole residence such a difference would outweigh a queue of prompts. The last term decides between equals and,
         where costs are unknown (zero), makes this the least-in-flight route.
@@ -101,12 +96,7 @@ class PredictedFinish:
         outputs = tasks.output_tokens.astype(np.float64)[:, None]
         batch_ns = replicas.output_seq_ns * (replicas.in_flight + 1).astype(np.float64)
         others = replicas.input_token_ns * replicas.prefill_tokens.astype(np.float64) + outputs * batch_ns
-        read = replicas.input_token_ns * inputs
-        if self.prefix_reuse > 0.0 and len(replicas) > 0:
-            home = draws(tasks.prefix, replicas.replica).argmin(axis=1)
-            cached = (tasks.prefix != 0)[:, None] & (np.arange(len(replicas)) == home[:, None])
-            read = np.where(cached, read * (1.0 - self.prefix_reuse), read)
-        own = (replicas.fixed_ns + read) + outputs * replicas.output_token_ns
+        own = (replicas.fixed_ns + replicas.input_token_ns * inputs) + outputs * replicas.output_token_ns
         shared = replicas.device_in_flight > replicas.in_flight
         share = np.where(shared, 1.0 + self.share_penalty, 1.0)
         total: Scores = (others * replicas.slowdown + own) * share + replicas.in_flight.astype(np.float64)
@@ -115,7 +105,7 @@ class PredictedFinish:
     def native(self) -> Any:
         from sage_core import _native
 
-        return _native.PredictedFinish(self.share_penalty, self.prefix_reuse)
+        return _native.PredictedFinish(self.share_penalty)
 
 
 def _same_for_all(tasks: TaskView, column: Column) -> Scores:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_core.errors import ConfigError
-from sage_policies.affinity import PrefixAffinity
+from sage_policies.affinity import AWAY, PrefixAffinity, PrefixHome
+from sage_policies.route import LeastInFlight
 
 PREFIXES = list(range(1, 301))
 
@@ -55,3 +56,51 @@ def test_what_shares_nothing_goes_to_the_least_in_flight(tasks, replicas):
 def test_a_bound_below_the_mean_is_refused():
     with pytest.raises(ConfigError, match="load_factor"):
         PrefixAffinity(0.9)
+
+
+# --- homes ----------------------------------------------------------------------------------------------------------------
+
+
+def homed(in_flight, tasks, replicas, prefix=(7,)):
+    return PrefixHome(LeastInFlight()).score(0, tasks(prefix=list(prefix)), replicas(len(in_flight), in_flight=in_flight))
+
+
+def home_of(count, tasks, replicas):
+    return int(homed([0] * count, tasks, replicas)[0].argmin())
+
+
+def test_a_prompt_goes_nowhere_but_home_while_the_home_has_its_share(tasks, replicas):
+    home = home_of(3, tasks, replicas)
+    in_flight = [4, 4, 4]
+    scores = homed(in_flight, tasks, replicas)[0]
+    assert scores[home] == 4
+    assert np.isinf(np.delete(scores, home)).all()
+
+
+def test_what_a_home_holds_beyond_its_share_goes_anywhere(tasks, replicas):
+    home = home_of(3, tasks, replicas)
+    in_flight = [4, 4, 4]
+    in_flight[home] = 9
+    assert homed(in_flight, tasks, replicas)[0].tolist() == in_flight, "the inner route decides"
+
+
+def test_an_idle_home_is_preferred_and_not_waited_for(tasks, replicas):
+    """If something keeps it closed, nothing would ever open it again."""
+    home = home_of(3, tasks, replicas)
+    in_flight = [4, 4, 4]
+    in_flight[home] = 0
+    scores = homed(in_flight, tasks, replicas)[0]
+    assert scores.argmin() == home
+    assert np.isfinite(scores).all() and (np.delete(scores, home) >= AWAY).all()
+
+
+def test_what_has_no_prefix_has_no_home(tasks, replicas):
+    assert homed([3, 1, 2], tasks, replicas, prefix=[0])[0].tolist() == [3, 1, 2]
+
+
+@given(loads=st.lists(st.integers(0, 50), min_size=1, max_size=8), prefixes=st.lists(st.integers(0, 99), min_size=1))
+def test_every_prompt_may_go_somewhere_or_waits_for_a_replica_that_has_work(tasks, replicas, loads, prefixes):
+    scores = homed(loads, tasks, replicas, prefixes)
+    for row in scores:
+        allowed = np.flatnonzero(np.isfinite(row))
+        assert len(allowed) == len(loads) or (len(allowed) == 1 and loads[allowed[0]] > 0)

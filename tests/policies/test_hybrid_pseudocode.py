@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_core.units import NEVER, PoolKind
+from sage_policies.affinity import PrefixHome
 from sage_policies.hashing import draws
 from sage_policies.hybrid import HybridLimit, HybridOrder
 from sage_policies.presets import hybrid
@@ -31,7 +32,7 @@ REPLICA_COLUMNS = (
 def doc():
     """The names that the page's blocks define."""
     blocks = re.findall(r"^```python\n(.*?)^```", DOC.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4, "laxity, order, limit, route"
+    assert len(blocks) == 5, "laxity, order, limit, route, home"
     names = {
         "INF": math.inf,
         "NEVER": NEVER,
@@ -75,11 +76,13 @@ def test_limit(doc, any_replicas, any_queue, data):
 def test_route(doc, any_tasks, any_replicas, data):
     now, view = data.draw(any_tasks)
     pool = data.draw(any_replicas)
-    route = PredictedFinish(data.draw(st.floats(0.0, 2.0)), data.draw(st.floats(0.0, 1.0)))
+    route = PredictedFinish(data.draw(st.floats(0.0, 2.0)))
+    homes = PrefixHome(route, data.draw(st.floats(1.0, 3.0)))
     replicas = replica_rows(pool)
-    homes = [(task, doc.home_of(task, replicas, route)) for task in rows(view)]
-    want = [[doc.route_score(task, replica, home, route) for replica in replicas] for task, home in homes]
+    want = [[doc.route_score(task, replica, route) for replica in replicas] for task in rows(view)]
     assert route.score(now, view, pool).tolist() == want
+    homed = [doc.homed_score(scores, task, replicas, homes) for scores, task in zip(want, rows(view), strict=True)]
+    assert homes.score(now, view, pool).tolist() == homed
 
 
 def test_the_table_of_switches_lists_every_boolean_of_the_preset():

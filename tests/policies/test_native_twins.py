@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sage_core import reference
 from sage_core.policy import QueueView, native_twin
 from sage_core.units import MILLISECOND, NEVER, SECOND, PoolKind
-from sage_policies.affinity import PrefixAffinity
+from sage_policies.affinity import PrefixAffinity, PrefixHome
 from sage_policies.headroom import Headroom
 from sage_policies.hybrid import HybridLimit, HybridOrder
 from sage_policies.limit import EngineLimit, Partition
@@ -40,8 +40,9 @@ ORDERS += [
     LeastServed(2),
     UpstreamOrder(),
 ]
-ROUTES = [RoundRobin(), LeastInFlight(), LeastOutstandingTokens(), PredictedFinish(), PredictedFinish(0.3, 0.6)]
+ROUTES = [RoundRobin(), LeastInFlight(), LeastOutstandingTokens(), PredictedFinish(), PredictedFinish(0.3)]
 ROUTES += [LeastExpectedWait(), PowerOfTwo(), PrefixAffinity(), PrefixAffinity(1.0), Headroom(), Headroom(pack=True)]
+ROUTES += [PrefixHome(PredictedFinish()), PrefixHome(LeastInFlight(), 1.0)]
 ROUTES += [UpstreamRoute(), UpstreamRoute([0, 2]), UpstreamRoute([1], counted=True)]
 ADMITS = [
     ShedAtSaturation(),

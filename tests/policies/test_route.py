@@ -65,23 +65,6 @@ def test_predicted_finish_without_costs_is_least_in_flight(tasks, replicas):
 def test_a_negative_penalty_is_refused():
     with pytest.raises(ConfigError, match="share_penalty"):
         PredictedFinish(share_penalty=-0.1)
-    with pytest.raises(ConfigError, match="prefix_reuse"):
-        PredictedFinish(prefix_reuse=1.1)
-
-
-def test_a_prefix_goes_home_unless_the_queue_there_costs_more_than_reading_it_anew(tasks, replicas):
-    route = PredictedFinish(prefix_reuse=0.5)
-    sharing = tasks(prefix=[7], input_tokens=[1000], output_tokens=[10])
-    costs = {"input_token_ns": [1e4] * 4, "fixed_ns": [0.0] * 4}
-    home = route.score(0, sharing, replicas(4, **costs))[0].argmin()
-    prefill = [0] * 4
-    prefill[home] = 400
-    assert route.score(0, sharing, replicas(4, prefill_tokens=prefill, **costs))[0].argmin() == home
-    prefill[home] = 600
-    assert route.score(0, sharing, replicas(4, prefill_tokens=prefill, **costs))[0].argmin() != home
-    alone = tasks(prefix=[0], input_tokens=[1000], output_tokens=[10])
-    without = PredictedFinish().score(0, alone, replicas(4, **costs))
-    assert (route.score(0, alone, replicas(4, **costs)) == without).all(), "what shares nothing has no home"
 
 
 @given(data=st.data())
