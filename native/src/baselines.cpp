@@ -171,7 +171,8 @@ class PrefixAffinity : public sage::Route {
     const double mean = (real(total) + 1.0) / std::max(static_cast<double>(replicas), 1.0);
     const double room = std::ceil(load_factor_ * mean);
     for (std::size_t r = 0; r < replicas; ++r) {
-      out[r] = static_cast<double>(sage::draw(prefix, s.replica[r])) + (real(s.in_flight[r]) + 1.0 > room ? kOverloaded : 0.0);
+      out[r] = static_cast<double>(sage::draw(prefix, s.replica[r])) +
+               (real(s.in_flight[r]) + 1.0 > room ? kOverloaded : 0.0);
     }
   }
 

@@ -48,6 +48,7 @@ INGREDIENTS = (
     "tpot_limit",
     "embedding_batches",
     "predicted_routing",
+    "prefix_routing",
 )
 
 

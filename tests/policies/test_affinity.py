@@ -62,7 +62,9 @@ def test_a_bound_below_the_mean_is_refused():
 
 
 def homed(in_flight, tasks, replicas, prefix=(7,)):
-    return PrefixHome(LeastInFlight()).score(0, tasks(prefix=list(prefix)), replicas(len(in_flight), in_flight=in_flight))
+    return PrefixHome(LeastInFlight()).score(
+        0, tasks(prefix=list(prefix)), replicas(len(in_flight), in_flight=in_flight)
+    )
 
 
 def home_of(count, tasks, replicas):
