@@ -34,8 +34,6 @@ IDLE_S: Final = 4.0
 READ_GAP_S: Final = 0.005
 """Least time between two looks at which prompts should have been read."""
 
-_READ: Final = (Nanos(0), 0)
-
 NOT_THE_CLIENT: Final = frozenset({401, 403, 407, 408, 424, 425, 429})
 """Of the 4xx, those that blame the gateway's own key, the moment or (424: TEI) the engine's own backend, not the request."""
 
@@ -132,9 +130,8 @@ class HttpEngine:
         """Since when it has nothing to do, where that is so."""
         self.pace = Pace()
         self._calls = calls
-        self._unread: dict[int, tuple[Nanos, int]] = {}
-        """Of tasks whose answer comes as a whole: when their prompt should have been read, and its tokens."""
-        self._unread_tokens = 0
+        self._unread: dict[int, int] = {}
+        """Of tasks whose answer comes as a whole, in order: when their prompt should have been read."""
         self._read_timer: asyncio.TimerHandle | None = None
 
     # --- a backend ------------------------------------------------------------------------------------------------
@@ -207,7 +204,7 @@ class HttpEngine:
                 )
         self.flights.clear()
         self._unread.clear()
-        self._unread_tokens = 0
+        self._stop_waiting()
 
     # --- exchanges ------------------------------------------------------------------------------------------------
 
@@ -298,27 +295,36 @@ class HttpEngine:
 
     def _expect_read(self, task: Task) -> None:
         """Its first token will not be seen, and until then a policy takes its prompt for one that the engine has still to
-        read. So the plane is told when that should be over by what the engine says of itself, prompts before it included."""
-        self._unread_tokens += task.input_tokens
-        takes_ns = self.spec.fixed_ns + self.spec.input_token_ns * self._unread_tokens
-        self._unread[task.task] = Nanos(self.now() + round(takes_ns)), task.input_tokens
+        read. So the plane is told when that should be over by what the engine says of itself: prompts are read one after another."""
+        now = self.now()
+        begins = max(now, next(reversed(self._unread.values()), now))
+        self._unread[task.task] = begins + round(self.spec.fixed_ns + self.spec.input_token_ns * task.input_tokens)
         if self._read_timer is None:
-            self._wait_for_reading(takes_ns)
+            self._wait_for_reading(now)
 
-    def _wait_for_reading(self, ns: float) -> None:
-        self._read_timer = asyncio.get_running_loop().call_later(max(ns / 1e9, READ_GAP_S), self._on_read)
+    def _wait_for_reading(self, now: Nanos) -> None:
+        after_s = (next(iter(self._unread.values())) - now) / 1e9
+        self._read_timer = asyncio.get_running_loop().call_later(max(after_s, READ_GAP_S), self._on_read)
 
     def _on_read(self) -> None:
         self._read_timer = None
         now = self.now()
-        for task in [task for task, (at, _) in self._unread.items() if at <= now]:
+        for task in [task for task, at in self._unread.items() if at <= now]:
             self._forget_unread(task)
             self.post(e.TokensProduced(task, 0))
         if self._unread:
-            self._wait_for_reading(min(at for at, _ in self._unread.values()) - now)
+            self._wait_for_reading(now)
 
     def _forget_unread(self, task: int) -> None:
-        self._unread_tokens -= self._unread.pop(task, _READ)[1]
+        """Of those behind it the times stay: it may have been read in part."""
+        self._unread.pop(task, None)
+        if not self._unread:
+            self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
     def landed(self, task: int) -> None:
         """An exchange of this task is over."""

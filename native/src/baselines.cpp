@@ -30,7 +30,7 @@ constexpr double kClassSpanNs = 0x1p50;            // order.py CLASS_SPAN_NS
 constexpr double kInstantNsMax = 0x1p50 - 0x1p30;  // order.py INSTANT_NS_MAX
 constexpr double kNoDueNs = 0x1p52;                // order.py NO_DUE_NS
 constexpr double kOverloaded = 0x1p52;             // affinity.py OVERLOADED
-constexpr double kAway = 0x1p60;                   // affinity.py AWAY
+constexpr double kPeer = 1.5;                      // affinity.py PEER
 constexpr double kMissedNs = 0x1p60;               // headroom.py MISSED_NS
 constexpr double kLoadSpan = 0x1p26;               // upstream.py SPAN
 
@@ -182,33 +182,45 @@ class PrefixAffinity : public sage::Route {
 
 class PrefixHome : public sage::Route {
  public:
-  PrefixHome(std::shared_ptr<sage::Route> inner, double load_factor)
-      : inner_(std::move(inner)), load_factor_(load_factor) {}
+  PrefixHome(std::shared_ptr<sage::Route> inner, double load_factor, std::int64_t wait_ns)
+      : inner_(std::move(inner)), load_factor_(load_factor), wait_ns_(wait_ns) {}
   std::string name() const override { return "PrefixHome"; }
   void score(std::int64_t now, const Pool& pool, std::size_t row, double* out) override {
     inner_->score(now, pool, row, out);
     const ReplicaTable& s = pool.serving;
     const std::size_t replicas = s.size();
-    const std::int64_t prefix = pool.tasks.prefix[row];
-    if (prefix == 0 || replicas == 0) return;
-    std::size_t home = 0;
-    std::uint64_t lowest = std::numeric_limits<std::uint64_t>::max();
-    std::int64_t total = 0;
+    const TaskTable& t = pool.tasks;
+    if (pool.kind != PoolKind::kLlm || t.prefix[row] == 0 || now - t.queued_at[row] > wait_ns_) return;
+    const double input = real(t.input_tokens[row]), output = real(t.output_tokens[row]);
+    alone_.resize(replicas);
+    double fastest = kInf;
     for (std::size_t r = 0; r < replicas; ++r) {
-      total += s.in_flight[r];
-      const std::uint64_t drawn = sage::draw(prefix, s.replica[r]);
+      alone_[r] = s.fixed_ns[r] + s.input_token_ns[r] * input + s.output_token_ns[r] * output;
+      fastest = std::min(fastest, alone_[r]);
+    }
+    const auto is_peer = [&](std::size_t r) { return alone_[r] <= kPeer * fastest; };
+    std::size_t home = replicas;
+    std::uint64_t lowest = std::numeric_limits<std::uint64_t>::max();
+    double in_flight = 0.0, slots = 0.0;  // whole numbers
+    for (std::size_t r = 0; r < replicas; ++r) {
+      if (!is_peer(r)) continue;
+      in_flight += real(s.in_flight[r]), slots += real(s.tasks_max[r]);
+      const std::uint64_t drawn = sage::draw(t.prefix[row], s.replica[r]);
       if (drawn < lowest) lowest = drawn, home = r;
     }
-    const double mean = (real(total) + 1.0) / static_cast<double>(replicas);
-    if (!(real(s.in_flight[home]) + 1.0 <= std::ceil(load_factor_ * mean))) return;
-    const double waits = s.in_flight[home] > 0 ? kInf : kAway;
+    if (home == replicas) return;
+    const double held = real(s.in_flight[home]), own_slots = real(s.tasks_max[home]);
+    const double share = std::ceil(load_factor_ * (in_flight + 1.0) * own_slots / slots);
+    if (!(held > 0.0 && held < own_slots && held + 1.0 <= share)) return;
     for (std::size_t r = 0; r < replicas; ++r)
-      if (r != home) out[r] += waits;
+      if (r != home && is_peer(r)) out[r] = kInf;
   }
 
  private:
   std::shared_ptr<sage::Route> inner_;
   double load_factor_;
+  std::int64_t wait_ns_;
+  std::vector<double> alone_;  // scratch
 };
 
 class Headroom : public sage::Route {
@@ -337,7 +349,8 @@ void register_baselines(py::module_& m) {
   PartClass<PrefixAffinity, Route>(m, "PrefixAffinity", "Twin of sage_policies.affinity.PrefixAffinity.")
       .def(py::init<double>(), py::arg("load_factor"));
   PartClass<PrefixHome, Route>(m, "PrefixHome", "Twin of sage_policies.affinity.PrefixHome.")
-      .def(py::init<std::shared_ptr<sage::Route>, double>(), py::arg("inner"), py::arg("load_factor"));
+      .def(py::init<std::shared_ptr<sage::Route>, double, std::int64_t>(), py::arg("inner"), py::arg("load_factor"),
+           py::arg("wait_ns"));
   PartClass<Headroom, Route>(m, "Headroom", "Twin of sage_policies.headroom.Headroom.")
       .def(py::init<bool>(), py::arg("pack"));
   PartClass<UpstreamRoute, Route>(m, "UpstreamRoute", "Twin of sage_policies.upstream.UpstreamRoute.")

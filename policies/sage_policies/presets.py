@@ -123,8 +123,9 @@ def hybrid(
     margin_s: float = 0.002,
     predicted_routing: bool = True,
     share_penalty: float = 0.5,
-    prefix_routing: bool = True,
+    prefix_routing: bool = False,
     prefix_load_factor: float = 1.25,
+    prefix_wait_s: float = 3.0,
     predict: Predict | None = None,
     admit: Admit | None = None,
     name: str = "hybrid",
@@ -165,7 +166,7 @@ def hybrid(
     )
     route: Route = PredictedFinish(share_penalty) if predicted_routing else LeastInFlight()
     if prefix_routing:
-        route = PrefixHome(route, prefix_load_factor)
+        route = PrefixHome(route, prefix_load_factor, _span("prefix_wait_s", prefix_wait_s))
     return Policy(name, admit, order, route, limit, TenantQuantile() if predict is None else predict)
 
 

@@ -52,7 +52,8 @@ def attainment(run: Run) -> float:
 
 
 def crossing(curve: Mapping[float, float], least: float = ATTAINMENT_MIN) -> float:
-    """Capacity of one seed. curve: attainment by rate. ``-inf`` below the lowest rate, ``inf`` above the highest.
+    """Capacity of one seed. curve: attainment by rate, at every rate of the grid: one that was cut off looks like ``inf``.
+    ``-inf`` below the lowest rate, ``inf`` above the highest.
 
     Raises :class:`DataError` for a curve without a point.
     """

@@ -6,7 +6,7 @@ Whatever is published (HTML, LaTeX, CSV, ledger) reads chapters, so a number is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -15,6 +15,7 @@ from sage_bench.publish.system.system import system_findings
 from sage_bench.results.reader import Run, Runs
 from sage_bench.studies.findings import Findings
 from sage_bench.studies.study import Experiments, Study
+from sage_bench.studies.twins import TWIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,29 @@ class Chapter:
 def chapter_of(study: Study, experiments: Experiments) -> Chapter:
     """What ``study`` says of its runs. Raises :class:`DataError`."""
     found = study.findings(experiments)
+    found = replace(found, notes=[*found.notes, *experiments.left_out])
     compared = conditions(Runs(experiments.runs))
-    return Chapter(study.name, study.section, study.title, study.question, found, compared, verdicts_of(compared))
+    verdicts = verdicts_of(_held(study, experiments))
+    return Chapter(study.name, study.section, study.title, study.question, found, compared, verdicts)
 
 
 def system_chapter() -> Chapter:
     """What the system is: figures and tables that need no runs. Raises :class:`DataError`."""
     question = "What is it made of, and what happens to a request?"
     return Chapter("system", "4", "The system", question, system_findings(), (), pd.DataFrame())
+
+
+def _held(study: Study, experiments: Experiments) -> list[Condition]:
+    """Conditions as their arms are held against each other: the study's baseline first, without its references; without
+    the simulations that only stand beside a live run, which would count one point of the sweep twice."""
+    held = []
+    for condition in conditions(Runs(experiments.runs).where(lambda m: TWIN not in m.overrides)):
+        arms = {name: runs for name, runs in condition.arms.items() if name not in study.references}
+        named = [name for name in study.baselines if name in arms]
+        if study.baselines and not named:
+            continue
+        held.append(replace(condition, arms={name: arms[name] for name in dict.fromkeys([*named[:1], *arms])}))
+    return held
 
 
 def verdicts_of(compared: Sequence[Condition]) -> pd.DataFrame:

@@ -101,7 +101,8 @@ def runs_of(chapters: Sequence[Chapter]) -> list[Run]:
 
 
 def _distinct(values: Iterable[str], most: int = _VALUES_MAX) -> str:
-    """The different values, commonest first, with the number of runs where there are several."""
+    """The different values, commonest first, with the number of runs where there are several. values: of each run, each of
+    them once."""
     counts = Counter(values)
     if len(counts) == 1:
         return next(iter(counts))
@@ -111,7 +112,7 @@ def _distinct(values: Iterable[str], most: int = _VALUES_MAX) -> str:
 
 
 def _gpus(manifests: Sequence[Manifest]) -> str:
-    found = [gpu for m in manifests for gpu in m.hardware.gpus]
+    found = [gpu for m in manifests for gpu in sorted(set(m.hardware.gpus))]
     simulated = sorted({str(device.hardware) for m in manifests for device in m.devices if device.hardware})
     host = _distinct(found) if found else "not captured: the machine has none"
     return f"{host}; simulated devices: {', '.join(simulated)}" if simulated else host
@@ -137,7 +138,11 @@ def _commit(m: Manifest) -> str:
 
 
 def _engines(manifests: Sequence[Manifest]) -> str:
-    engines = [f"{each.adapter} {each.version} ({each.model})" for m in manifests for each in m.engines]
+    engines = [
+        text
+        for m in manifests
+        for text in sorted({f"{each.adapter} {each.version} ({each.model})" for each in m.engines})
+    ]
     return _distinct(engines) if engines else "not captured: no engine process took part, every run is simulated"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 
@@ -50,8 +50,10 @@ def findings(experiments: Experiments) -> Findings:
     for rows, whole, name in ((frame, WHOLE, "ablation"), (parts, SYSTEM, "ablation_system")):
         if whole not in set(rows["policy"]):
             raise DataError(f"{name}: no run of {whole}; run the whole experiment")
+        if set(rows["policy"]) == {whole}:
+            raise DataError(f"{name}: no run of anything but {whole}; run the whole experiment")
     less, lacking = _less(frame, WHOLE), _less(parts, SYSTEM)
-    loads = list(less["cell"].drop_duplicates())
+    loads = list(frame["load"].drop_duplicates())
     seeds = frame["seed"].nunique()
     return Findings(
         tables=[
@@ -66,7 +68,10 @@ def findings(experiments: Experiments) -> Findings:
                 f"SLO attainment without an ingredient less that of {WHOLE} as a whole, with {CONFIDENCE:.0%} intervals over {seeds} seeds. "
                 "Left of zero the ingredient pays. Simulated.",
                 lambda: paired_differences(
-                    {name: [_interval(less, load, name) for load in loads] for name in less["other"].drop_duplicates()},
+                    {
+                        name: [_interval(_row(less, load, name)) for load in loads]
+                        for name in less["other"].drop_duplicates()
+                    },
                     loads,
                     "SLO attainment (points), simulated",
                     scale=0.01,
@@ -75,7 +80,7 @@ def findings(experiments: Experiments) -> Findings:
         ],
         sentences=_sentences(less, lacking),
         claims=_claims(lacking, parts, evidence(system.sweep)),
-        nowhere=_nowhere(less, loads, seeds),
+        nowhere=_nowhere(less, loads),
         fairness=[
             f"In ablation the arms differ in one switch of {WHOLE} each and in nothing else.",
             "In ablation_system the arms differ in the policy or in the cluster, as said; prices are of what each arm has.",
@@ -99,12 +104,15 @@ def _less(frame: pd.DataFrame, whole: str) -> pd.DataFrame:
     return found
 
 
-def _interval(less: pd.DataFrame, load: str, name: str) -> Interval:
+def _row(less: pd.DataFrame, load: str, name: str) -> pd.Series[Any]:
     row = less[(less["cell"] == load) & (less["other"] == name)]
-    if row.empty:
-        raise DataError(f"ablation: no run of {name} under {load}; run the whole experiment")
-    first = row.iloc[0]
-    return Interval(first["difference"], first["low"], first["high"], int(first["seeds"]))
+    if row.empty or not row["seeds"].iloc[0]:
+        raise DataError(f"ablation: {name} and {WHOLE} have no runs of one seed under {load}; run the whole experiment")
+    return row.iloc[0]
+
+
+def _interval(row: pd.Series[Any]) -> Interval:
+    return Interval(row["difference"], row["low"], row["high"], int(row["seeds"]))
 
 
 def _one_off(less: pd.DataFrame, loads: list[str], seeds: int) -> TableOf:
@@ -112,9 +120,9 @@ def _one_off(less: pd.DataFrame, loads: list[str], seeds: int) -> TableOf:
     for name in less["other"].drop_duplicates():
         row = [name]
         for load in loads:
-            found = less[(less["cell"] == load) & (less["other"] == name)].iloc[0]
+            found = _row(less, load, name)
             row += [
-                points_cell(_interval(less, load, name)),
+                points_cell(_interval(found)),
                 effect_cell(found["effect"]),
                 p_cell(found["p_adjusted"]),
                 found["verdict"],
@@ -200,7 +208,8 @@ def _claims(lacking: pd.DataFrame, parts: pd.DataFrame, shown: tuple[str, ...]) 
     ]
 
 
-def _nowhere(less: pd.DataFrame, loads: list[str], seeds: int) -> list[str]:
+def _nowhere(less: pd.DataFrame, loads: list[str]) -> list[str]:
+    seeds = int(less["seeds"].min())  # of the pair that shares the fewest
     if seeds < SEEDS_MIN:
         return [f"{seeds} seeds are too few to say which ingredients make no difference."]
     idle = [
@@ -221,4 +230,5 @@ ABLATION = Study(
     experiments=("ablation", "ablation_system"),
     findings=findings,
     live=("ablation",),
+    baselines=(WHOLE, SYSTEM),
 )

@@ -16,12 +16,13 @@ from sage_bench.figures.attainment_rate import attainment_rate
 from sage_bench.figures.latency_cdf import latency_cdf
 from sage_bench.figures.latency_throughput import latency_throughput
 from sage_bench.metrics.capacity import ATTAINMENT_MIN, Capacity, attainment, capacity, ratio
+from sage_bench.metrics.compare import against
 from sage_bench.metrics.measure import ALL
-from sage_bench.metrics.statistics import CONFIDENCE, Interval, holm, paired, t_interval
+from sage_bench.metrics.statistics import CONFIDENCE, Interval, t_interval
 from sage_bench.results.manifest import Manifest
 from sage_bench.results.reader import Run, Runs
-from sage_bench.studies.findings import Claim, Drawing, Findings, Outcome, TableOf, decided, number, percent
-from sage_bench.studies.points import arm_of, at, choice_of, mean, points, relative, span
+from sage_bench.studies.findings import Claim, Drawing, Findings, Outcome, TableOf, bounded, decided, number, percent
+from sage_bench.studies.points import arm_of, at, choice_of, mean, points, refuse_two_configurations, relative, span
 from sage_bench.studies.study import Experiments, Study, evidence
 from sage_bench.studies.twins import Sides, side_by_side, sides
 from sage_bench.tables import Sheet
@@ -47,18 +48,27 @@ ABOUT: Final = {
     **{f"split_{k}_hybrid": f"{4 - k} devices generate, {k} embed, each hybrid" for k in (1, 2, 3)},
 }
 
+PAIRS: Final = ("pair_unified", "pair_split")
+"""The arms of the live size, on two devices."""
+
 STRETCH_NS: Final = 5 * SECOND
 """Of time, in which one side of a split is seen to miss its objectives while the other is idle."""
 
 
 def findings(experiments: Experiments) -> Findings:
     of = sides(experiments, "control_plane")
-    runs, alone = of.sweep, experiments.simulated["control_plane_vllm_only"]
+    runs, cut = whole_grids(of.sweep)
+    alone, cut_alone = whole_grids(experiments.simulated["control_plane_vllm_only"])
     _same_devices(runs)
     frame = _attainments([*runs, *alone])
     by_mix = {mix: frame[frame["mix"] == mix] for mix in MIXES if mix in set(frame["mix"])}
+    if "varying" not in by_mix:
+        raise DataError(
+            "control_plane: no arm ran at every rate under load=control_plane/varying; run the whole experiment"
+        )
     known = {mix: _capacities(part) for mix, part in by_mix.items()}
     best = {mix: _best(mix, each) for mix, each in known.items()}
+    found = differences(by_mix, best)
     gains = {mix: ratio(each[UNIFIED], each[best[mix]]) for mix, each in known.items()}
     shown = list(
         dict.fromkeys(
@@ -117,11 +127,11 @@ def findings(experiments: Experiments) -> Findings:
         ],
         claims=[
             *_claims(runs, known, best, gains),
-            *_point_claims(runs, measured, frame, best["varying"], at_rate),
+            *_point_claims(runs, measured, found, best["varying"], at_rate),
             _throughput_claim(runs, measured, known["varying"][UNIFIED], gains["varying"]),
-            *_live_claims(of),
+            *live_claims(of),
         ],
-        nowhere=[_nowhere(mix, by_mix[mix], best[mix]) for mix in known],
+        nowhere=[_nowhere(mix, found[found["mix"] == mix], best[mix]) for mix in known],
         fairness=[
             "Every arm but vllm_only has the same four devices; vllm_only has the clients' CPUs besides, at no cost to it, and embeds "
             "with a model a seventeenth of the others' size.",
@@ -130,7 +140,9 @@ def findings(experiments: Experiments) -> Findings:
         ],
         notes=[
             f"Goodput capacity: the largest offered rate at which at least {ATTAINMENT_MIN:.0%} of the requests of each kind meet "
-            "their objectives, between two rates by a straight line, seed by seed."
+            "their objectives, between two rates by a straight line, seed by seed.",
+            *cut,
+            *cut_alone,
         ],
     )
 
@@ -146,6 +158,31 @@ def _where(manifest: Manifest) -> Mapping[str, Any]:
 
 def _is(manifest: Manifest, mix: str, arm: str, rate: float) -> bool:
     return _where(manifest) == {"mix": mix, "rate": rate} and arm_of(manifest) == arm
+
+
+def whole_grids(runs: Runs) -> tuple[Runs, list[str]]:
+    """The runs of one experiment less those of every arm and seed that lacks a rate of its mix, and a sentence for each that is
+    left out: a curve that was cut off looks like a capacity above the grid.
+
+    Raises :class:`DataError` as :func:`refuse_two_configurations` does.
+    """
+    refuse_two_configurations(runs, _where)
+
+    def curve(m: Manifest) -> tuple[str, str, int]:
+        return choice_of(m, "load"), arm_of(m), m.seed
+
+    ran: dict[tuple[str, str, int], set[float | None]] = {}
+    grid: dict[str, set[float | None]] = {}
+    for run in runs:
+        key = curve(run.manifest)
+        ran.setdefault(key, set()).add(run.manifest.load.rate)
+        grid.setdefault(key[0], set()).add(run.manifest.load.rate)
+    cut = {key: rates for key, rates in ran.items() if rates != grid[key[0]]}
+    said = [
+        f"{arm} under {mix}, seed {seed}: ran at {len(rates)} of {len(grid[mix])} rates, left out."
+        for (mix, arm, seed), rates in sorted(cut.items())
+    ]
+    return runs.where(lambda m: curve(m) not in cut), said
 
 
 def _attainments(runs: Sequence[Run]) -> pd.DataFrame:
@@ -173,14 +210,19 @@ def _best(mix: str, known: Mapping[str, Capacity]) -> str:
     splits = [arm for arm in SPLITS if arm in known]
     if not splits or UNIFIED not in known:
         raise DataError(
-            f"control_plane: no run of {UNIFIED} or of a split under the load {mix}; run the whole experiment"
+            f"control_plane: no run of {UNIFIED} or of a split at every rate under the load {mix}; run the whole experiment"
         )
 
     def order(arm: str) -> tuple[float, float]:
         each = known[arm]
-        return each.above, each.rate.mean if each.bracketed else -math.inf
+        return each.above / len(each.rates), each.rate.mean if each.bracketed else -math.inf
 
-    return max(splits, key=order)
+    best = max(splits, key=order)
+    if not known[best].rates.keys() & known[UNIFIED].rates.keys():
+        raise DataError(
+            f"control_plane: {UNIFIED} and {best} share no seed under the load {mix}; run the whole experiment"
+        )
+    return best
 
 
 def _rate_above(frame: pd.DataFrame, mix: str, of: Capacity) -> float:
@@ -312,9 +354,11 @@ def _gain_sentence(mix: str, known: Mapping[str, Capacity], best: str, gain: Int
         f"{what} the unified control plane sustains {number(unified)} requests/s with {ATTAINMENT_MIN:.0%} of each kind within "
         f"objectives, the best static split ({best}) {number(split)}: {_times(gain)}"
     )
-    if gain.n > 1 and gain.low <= 1 <= gain.high:
-        return f"{said}; that is no significant difference."
-    return f"{said}; the split is better there." if gain.mean < 1 else f"{said}."
+    ends = {
+        "no significant difference": "; that is no significant difference",
+        "does not hold": "; the split is better there",
+    }
+    return f"{said}{ends.get(bounded(gain, least=1.0), '')}."
 
 
 def _policy_sentences(known: Mapping[str, Mapping[str, Capacity]], best: Mapping[str, str]) -> list[str]:
@@ -344,16 +388,28 @@ def _vllm_only(known: Mapping[str, Mapping[str, Capacity]]) -> list[str]:
     ]
 
 
-def _nowhere(mix: str, frame: pd.DataFrame, best: str) -> str:
-    """Up to which rate the two do not differ significantly in attainment, Holm over the rates."""
-    table = frame[frame["arm"].isin((UNIFIED, best))].pivot_table(
-        index=["rate", "seed"], columns="arm", values="attainment"
-    )
-    rates = sorted(set(table.index.get_level_values("rate")))
-    p = holm([paired(table.loc[rate][best].tolist(), table.loc[rate][UNIFIED].tolist()).p for rate in rates])
-    differs = [rate for rate, value in zip(rates, p, strict=True) if value <= 1 - CONFIDENCE]
+def differences(by_mix: Mapping[str, pd.DataFrame], best: Mapping[str, str]) -> pd.DataFrame:
+    """Attainment of unified less that of the best split, at every rate of every mix: the columns of
+    :func:`sage_bench.metrics.compare.against`, adjusted over all of them, and mix and rate."""
+    tables = {
+        (mix, rate): part[(part["rate"] == rate) & part["arm"].isin((UNIFIED, best[mix]))].pivot_table(
+            index="seed", columns="arm", values="attainment"
+        )
+        for mix, part in by_mix.items()
+        for rate in sorted(set(part["rate"]))
+    }
+    places = {f"{mix} {rate:g}": (mix, rate) for mix, rate in tables}
+    found = against({name: tables[place] for name, place in places.items()}, UNIFIED)
+    mixes, rates = zip(*(places[name] for name in found["cell"]), strict=True)
+    return found.assign(mix=mixes, rate=rates)
+
+
+def _nowhere(mix: str, found: pd.DataFrame, best: str) -> str:
+    """Up to which rate the two do not differ significantly in attainment."""
+    rates = sorted(found["rate"])
+    differs = sorted(found.loc[found["verdict"].isin(("better", "worse")), "rate"])
     label = MIXES[mix]
-    if all(math.isnan(value) for value in p):
+    if (found["verdict"] == "too few seeds").all():
         return f"{label}: too few seeds to say where {UNIFIED} and {best} differ."
     if not differs:
         return f"{label}: at no rate up to {rates[-1]:g} requests/s do {UNIFIED} and {best} differ significantly."
@@ -386,7 +442,7 @@ def _claims(
             claims.append(Claim(id, 225, asked, "the rates do not bracket the capacities", "not measured", ()))
             continue
         text = f"{_times(gain)} of {best[mix]}, {gain.n} seeds"
-        claims.append(Claim(id, 225, asked, text, _over(gain, least), evidence(runs)))
+        claims.append(Claim(id, 225, asked, text, bounded(gain, least=least), evidence(runs)))
         if mix == "varying":
             more = f"{percent(gain.mean - 1)} more load within objectives than {best[mix]}"
             claims.append(
@@ -395,28 +451,14 @@ def _claims(
                     270,
                     "sustains [Y] % more throughput before saturation",
                     more,
-                    _over(gain, 1.0),
+                    bounded(gain, least=1.0),
                     evidence(runs),
                 )
             )
     return claims
 
 
-def _over(value: Interval, least: float) -> Outcome:
-    """Whether a ratio is above ``least``: decided only where its interval leaves it out."""
-    if value.n < 2:
-        return "no significant difference"
-    return decided(value.mean > least, not value.low <= least <= value.high)
-
-
-def _under(value: Interval, most: float) -> Outcome:
-    """Whether a ratio is below ``most``, in the same way."""
-    if value.n < 2:
-        return "no significant difference"
-    return decided(value.mean < most, not value.low <= most <= value.high)
-
-
-def _point_claims(runs: Runs, measured: pd.DataFrame, frame: pd.DataFrame, best: str, rate: float) -> list[Claim]:
+def _point_claims(runs: Runs, measured: pd.DataFrame, found: pd.DataFrame, best: str, rate: float) -> list[Claim]:
     """At the rate just above the split's capacity: p99 and attainment."""
     one, two = (at(measured, "chat", mix="varying", rate=rate, policy=arm) for arm in (best, UNIFIED))
     asked = "reduces p99 latency against the baseline under mixed load"
@@ -430,20 +472,19 @@ def _point_claims(runs: Runs, measured: pd.DataFrame, frame: pd.DataFrame, best:
             text = f"{percent(less.mean)}{span(less, 0.01)} lower than with {best}"
         where = f"at {rate:g} requests/s of a mix that varies"
         claims = [
-            Claim("p99-mixed", 257, asked, f"p99 TTFT of chat {text} {where}", _under(factor, 1.0), evidence(runs))
+            Claim(
+                "p99-mixed", 257, asked, f"p99 TTFT of chat {text} {where}", bounded(factor, most=1.0), evidence(runs)
+            )
         ]
-    of = frame[(frame["mix"] == "varying") & (frame["rate"] == rate)].pivot_table(
-        index="seed", columns="arm", values="attainment"
-    )
-    found = paired(of[best].tolist(), of[UNIFIED].tolist())
-    text = f"{percent(of[UNIFIED].mean())} against {percent(of[best].mean())} with {best} at {rate:g} requests/s (the kind served worse)"
+    row = found[(found["mix"] == "varying") & (found["rate"] == rate)].iloc[0]
+    text = f"{percent(row['ours'])} against {percent(row['theirs'])} with {best} at {rate:g} requests/s (the kind served worse)"
     claims.append(
         Claim(
             "slo-mixed",
             259,
             "achieves a higher SLO attainment than the baseline",
             text,
-            decided(found.difference.mean > 0, found.p <= 1 - CONFIDENCE),
+            decided(row["difference"] > 0, row["p_adjusted"] <= 1 - CONFIDENCE),
             evidence(runs),
         )
     )
@@ -458,7 +499,9 @@ def _throughput_claim(runs: Runs, measured: pd.DataFrame, unified: Capacity, gai
     rate = unified.between[0]
     p95 = mean(at(measured, "chat", mix="varying", rate=rate, policy=UNIFIED), "ttft_ns_p95")
     text = f"{_times(gain)} the goodput capacity; at {rate:g} requests/s p95 TTFT of chat is {number(p95.mean / MILLISECOND)} ms"
-    return Claim("throughput-p95", 258, asked, f"{text}{span(p95, MILLISECOND)}", _over(gain, 1.0), evidence(runs))
+    return Claim(
+        "throughput-p95", 258, asked, f"{text}{span(p95, MILLISECOND)}", bounded(gain, least=1.0), evidence(runs)
+    )
 
 
 def _live(of: Sides) -> list[TableOf]:
@@ -477,27 +520,35 @@ def _live(of: Sides) -> list[TableOf]:
     )
 
 
-def _live_claims(of: Sides) -> list[Claim]:
-    """The same sign live: attainment of the unified pair of devices less that of the split pair, both ways."""
+def live_claims(of: Sides) -> list[Claim]:
+    """The same sign live: attainment of the unified pair of devices less that of the split pair, both ways, over the points and
+    seeds that ran both ways."""
     asked = "the same sign live, on emulated engines at a reduced size"
     if not len(of.live) or not len(of.twins):
         return [Claim("capacity-live", 225, asked, "no live run: `sage paper --size live`", "not measured", ())]
-    signs, parts = [], []
-    for name, runs in (("simulated", of.twins), ("live", of.live)):
-        frame = _attainments(list(runs))
-        table = frame.groupby(["rate", "seed", "arm"])["attainment"].mean().unstack("arm")
-        split = next((arm for arm in table.columns if arm != "pair_unified"), None)
-        if split is None or "pair_unified" not in table:
-            return [Claim("capacity-live", 225, asked, "one side has no runs", "not measured", ())]
-        difference = t_interval((table["pair_unified"] - table[split]).dropna().groupby("seed").mean().tolist())
-        signs.append(difference.mean > 0)
-        parts.append(f"{name} {100 * difference.mean:+.1f} points{span(difference, 0.01)}")
-    text = f"least SLO attainment of a kind, unified less split, on two devices: {'; '.join(parts)}"
-    return [
-        Claim(
-            "capacity-live", 225, asked, text, "holds" if len(set(signs)) == 1 else "does not hold", evidence(of.live)
-        )
-    ]
+    by_place = [_pair_differences(_attainments(list(runs))) for runs in (of.twins, of.live)]
+    shared = by_place[0].index.intersection(by_place[1].index)
+    if shared.empty:
+        return [Claim("capacity-live", 225, asked, "no point and seed ran on both sides", "not measured", ())]
+    simulated, live = (t_interval(each[shared].groupby("seed").mean().tolist()) for each in by_place)
+    signs = {bounded(each, least=0.0) for each in (simulated, live)}
+    outcome: Outcome = "holds" if len(signs) == 1 else "does not hold"
+    if "no significant difference" in signs:
+        outcome = "no significant difference"
+    sides = "; ".join(
+        f"{name} {100 * each.mean:+.1f} points{span(each, 0.01)}"
+        for name, each in (("simulated", simulated), ("live", live))
+    )
+    text = f"least SLO attainment of a kind, unified less split, on two devices: {sides}"
+    return [Claim("capacity-live", 225, asked, text, outcome, evidence(of.live))]
+
+
+def _pair_differences(frame: pd.DataFrame) -> pd.Series[float]:
+    """Of unified and split pairs of devices, by rate and seed; empty where an arm has no run."""
+    table = frame.groupby(["rate", "seed", "arm"])["attainment"].mean().unstack("arm")
+    both = table.reindex(columns=list(PAIRS)).dropna()
+    values: pd.Series[float] = both[PAIRS[0]] - both[PAIRS[1]]
+    return values
 
 
 CONTROL_PLANE = Study(
@@ -508,4 +559,5 @@ CONTROL_PLANE = Study(
     experiments=("control_plane", "control_plane_vllm_only"),
     findings=findings,
     live=("control_plane",),
+    baselines=(UNIFIED, PAIRS[0]),
 )

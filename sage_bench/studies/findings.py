@@ -6,12 +6,14 @@ Nothing here knows how it is shown; a terminal, Markdown, HTML and LaTeX each re
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from matplotlib.figure import Figure
 
+from sage_bench.metrics.statistics import Interval
 from sage_bench.tables import Sheet
 from sage_core.errors import DataError
 
@@ -59,7 +61,7 @@ class Claim:
     def __post_init__(self) -> None:
         if not self.evidence and self.outcome != "not measured":
             raise DataError(f"claim {self.id}: says {self.outcome!r} and names no run that shows it")
-        if "nan" in self.text.split():
+        if re.search(r"\bnan\b", self.text):
             raise DataError(f"claim {self.id}: its number is missing: {self.text}")
 
 
@@ -82,6 +84,16 @@ def decided(better: bool, significant: bool) -> Outcome:
     if not significant:
         return "no significant difference"
     return "holds" if better else "does not hold"
+
+
+def bounded(value: Interval, *, least: float = -math.inf, most: float = math.inf) -> Outcome:
+    """Of a claim that a value is above ``least`` and below ``most``, decided only where its interval leaves the bound out: an
+    interval that touches it, or one run, is "no significant difference"; no run is "not measured"."""
+    if value.n == 0:
+        return "not measured"
+    if least < value.low and value.high < most:
+        return "holds"
+    return "does not hold" if value.high < least or value.low > most else "no significant difference"
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -17,10 +17,11 @@ from sage_bench.cli.hetero import told
 from sage_bench.figures.hetero import NAMES
 from sage_bench.figures.hetero import hetero as drawn
 from sage_bench.hetero import ARMS, CHAT_RPS, Hetero, crossings, point
-from sage_bench.metrics.statistics import Interval, Paired, t_interval
+from sage_bench.metrics.statistics import Interval, t_interval
 from sage_bench.results.manifest import Manifest
 from sage_bench.results.reader import Runs
-from sage_bench.studies.findings import Claim, Drawing, Findings, TableOf, decided, number, percent
+from sage_bench.studies.findings import Claim, Drawing, Findings, TableOf, number, percent
+from sage_bench.studies.hypotheses import Hypothesis, settled
 from sage_bench.studies.points import against, at, cell, choice_of, heading, mean, plain, points, relative, span
 from sage_bench.studies.study import Experiments, Study, evidence
 from sage_bench.studies.twins import side_by_side, sides
@@ -42,7 +43,7 @@ def findings(experiments: Experiments) -> Findings:
     arms = [arm for arm in ARMS if arm in set(table["arm"])]
     rates = sorted(float(each) for each in table["rate"].unique())
     policies = _policies(experiments.simulated["heterogeneous_policies"])
-    claims = [*_cpu_against_gpu(frame, arms, rates, of.sweep), *policies.claims]
+    claims = settled([*_cpu_against_gpu(frame, arms, rates, of.sweep), *policies.claims])
     sentences = [
         *_cheapest(found, arms, rates),
         *(f"{told(each)}." for each in found.crossings),
@@ -59,7 +60,7 @@ def findings(experiments: Experiments) -> Findings:
     return Findings(
         tables=[
             _table(frame, found, arms, rates),
-            *policies.tables,
+            policies.table,
             *side_by_side(
                 "heterogeneous_live_measured", of, _where, {"arm": "embeds on", "rate": "documents\n(1/s)"}, _LIVE
             ),
@@ -189,7 +190,9 @@ def _carried(frame: pd.DataFrame, arm: str, rates: Sequence[float]) -> float | N
     return carried
 
 
-def _cpu_against_gpu(frame: pd.DataFrame, arms: Sequence[str], rates: Sequence[float], runs: Runs) -> list[Claim]:
+def _cpu_against_gpu(
+    frame: pd.DataFrame, arms: Sequence[str], rates: Sequence[float], runs: Runs
+) -> list[Claim | Hypothesis]:
     if not {"cpu", "gpu"} <= set(arms):
         return []
     # The most of documents that each answers at any rate: beyond saturation that is its capacity.
@@ -220,17 +223,18 @@ def _cpu_against_gpu(frame: pd.DataFrame, arms: Sequence[str], rates: Sequence[f
     ]
 
 
-def _token_claim(frame: pd.DataFrame, rate: float, runs: Runs) -> list[Claim]:
+def _token_claim(frame: pd.DataFrame, rate: float, runs: Runs) -> list[Hypothesis]:
     shared, cpu = (at(frame, "chat", arm=arm, rate=rate) for arm in ("shared", "cpu"))
     found = against(shared, cpu, "output_tokens_per_s")
     ratio = relative(shared, cpu, "output_tokens_per_s")
     return [
-        Claim(
+        Hypothesis(
             "heterogeneous-tokens",
             273,
             "CPU embedding is slightly slower and the LLM's token throughput rises significantly",
             f"at {plain(rate)} documents/s the LLM's output changes by {percent(ratio.mean - 1, 2)}{_percents(ratio)}",
-            decided(found.difference.mean > 0, found.p < 0.05),
+            found.difference.mean > 0,
+            found.p,
             evidence(runs),
         )
     ]
@@ -268,7 +272,15 @@ def _mixed(m: Manifest) -> dict[str, Any]:
     return {"rate": float(choice_of(m, "load"))}
 
 
-def _policies(runs: Runs) -> Findings:
+class Pool(NamedTuple):
+    """What the runs on one pool of unequal engines say."""
+
+    table: TableOf
+    sentences: list[str]
+    claims: list[Hypothesis]
+
+
+def _policies(runs: Runs) -> Pool:
     """Who uses a pool of unequal engines well: the variance of utilisation over nodes, and latency."""
     frame = points(runs, _mixed)
     frame["utilisation_variance"] = frame["utilisation_sd"] ** 2
@@ -302,12 +314,13 @@ def _policies(runs: Runs) -> Findings:
         ),
     )  # fmt: skip
     if not {"hybrid", "round_robin"} <= set(policies):
-        return Findings([table], [], [], [])
+        return Pool(table, [], [])
     sentences, claims = [], []
     for rate in rates:
         turns, hybrid = (at(frame, policy=policy, rate=rate) for policy in ("round_robin", "hybrid"))
-        less = 1 - mean(hybrid, "utilisation_variance").mean / mean(turns, "utilisation_variance").mean
-        found: Paired = against(turns, hybrid, "utilisation_variance")
+        change = mean(hybrid, "utilisation_variance").mean / mean(turns, "utilisation_variance").mean - 1
+        changed = f"{percent(abs(change))} {'less' if change < 0 else 'more'}"
+        found = against(turns, hybrid, "utilisation_variance")
         p95 = {
             policy: mean(at(frame, "embedding", policy=policy, rate=rate), "e2e_ns_p95").mean / 1e9
             for policy in ("round_robin", "hybrid")
@@ -317,22 +330,23 @@ def _policies(runs: Runs) -> Findings:
         }
         least = min(variance, key=lambda name: variance[name])
         sentences.append(
-            f"With {plain(rate)} documents/s on a pool of an L4 and a CPU, hybrid has {percent(abs(less))} {'less' if less > 0 else 'more'} "
+            f"With {plain(rate)} documents/s on a pool of an L4 and a CPU, hybrid has {changed} "
             f"variance of utilisation over the nodes than round_robin; embeddings take {number(p95['hybrid'])} s (p95) against "
             f"{number(p95['round_robin'])} s. The least variance is that of {least}; equal use is not the aim where engines are unequal."
         )
         claims.append(
-            Claim(
+            Hypothesis(
                 f"heterogeneous-variance-{rate:g}",
                 260,
                 f"hybrid reduces the variance of utilisation across CPU and GPU nodes ({plain(rate)} documents/s)",
-                f"{percent(less)} less than under round_robin; difference of variances {number(found.difference.mean)}"
+                f"{changed} than under round_robin; difference of variances {number(found.difference.mean)}"
                 f"{span(found.difference)}",
-                decided(less > 0, found.p < 0.05),
+                found.difference.mean < 0,
+                found.p,
                 evidence(runs),
             )
         )
-    return Findings([table], [], sentences, claims)
+    return Pool(table, sentences, claims)
 
 
 HETEROGENEOUS = Study(

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from sage_bench.figures.latency_cdf import latency_cdf
 from sage_bench.figures.timeline import timeline
 from sage_bench.metrics.measure import ALL, measure
+from sage_bench.metrics.percentile import percentile
 from sage_bench.metrics.statistics import CONFIDENCE, Interval, t_interval
 from sage_bench.results.manifest import Manifest
 from sage_bench.results.reader import Run, Runs
-from sage_bench.studies.findings import Claim, Drawing, Findings, Outcome, TableOf, decided, number, percent
-from sage_bench.studies.points import arm_of, span
+from sage_bench.studies.findings import Claim, Drawing, Findings, TableOf, bounded, number, percent
+from sage_bench.studies.points import arm_of, refuse_two_configurations, span
 from sage_bench.studies.study import Experiments, Study, evidence
 from sage_bench.studies.twins import side_by_side, sides
 from sage_bench.tables import Sheet
@@ -146,7 +147,8 @@ def _nothing(manifest: Manifest) -> Mapping[str, Any]:
 
 def _frame(runs: Runs) -> pd.DataFrame:
     """A row a run: arm, seed, and of the interactive tenant's chats ttft_p99, e2e_mean (ns) and slo; batch_rps answered before the load
-    ended, batch_e2e_p95 (ns); jain_slo of the tenants."""
+    ended, batch_e2e_p95 (ns); jain_slo of the tenants. Raises :class:`DataError` as :func:`refuse_two_configurations` does."""
+    refuse_two_configurations(runs, _nothing)
     return pd.DataFrame([_row(run) for run in runs])
 
 
@@ -168,7 +170,7 @@ def _row(run: Run) -> dict[str, Any]:
         "e2e_mean": float(chat["e2e_ns_mean"].iloc[0]),
         "slo": float(chat["slo_attainment"].iloc[0]),
         "batch_rps": np.count_nonzero(served) / ((last - first) / SECOND),
-        "batch_e2e_p95": float(long.quantile(0.95)) if len(long) else np.nan,
+        "batch_e2e_p95": percentile(long.to_numpy(), 0.95),
         "jain_slo": float(whole["jain_slo"]),
     }
 
@@ -227,7 +229,7 @@ def _claims(
             226,
             f"interactive p99 TTFT within {SLOWDOWN_MAX}x of solo with isolation",
             f"{number(slow[WITH].mean)}x of solo{span(slow[WITH])}",
-            _within(slow[WITH], most=SLOWDOWN_MAX),
+            bounded(slow[WITH], most=SLOWDOWN_MAX),
             evidence(runs),
         ),
         Claim(
@@ -235,7 +237,7 @@ def _claims(
             226,
             f"batch throughput at least {percent(BATCH_MIN, 0)} of that without isolation",
             f"{percent(batch[WITH].mean)} of {WITHOUT}{span(batch[WITH], 0.01)}",
-            _within(batch[WITH], least=BATCH_MIN),
+            bounded(batch[WITH], least=BATCH_MIN),
             evidence(runs),
         ),
         Claim(
@@ -243,7 +245,7 @@ def _claims(
             271,
             "without isolation p99 rises to [A] ms",
             f"p99 TTFT of the interactive tenant {number(damage)} ms under {WITHOUT}, {number(slow[WITHOUT].mean)}x of solo{span(slow[WITHOUT])}",
-            _within(slow[WITHOUT], least=1.0),
+            bounded(slow[WITHOUT], least=1.0),
             evidence(runs),
         ),
         Claim(
@@ -251,7 +253,7 @@ def _claims(
             267,
             "an insight, such as FIFO degrades p99 by [C]x",
             f"{WITHOUT} makes the interactive p99 TTFT {number(worse.mean)}x that of {WITH} on the same requests{span(worse)}",
-            _within(worse, least=1.0),
+            bounded(worse, least=1.0),
             evidence(runs),
         ),
         Claim(
@@ -260,18 +262,10 @@ def _claims(
             "slowdown of a tenant by another, measured",
             f"p99 TTFT {number(slow[WITHOUT].mean)}x without isolation and {number(slow[WITH].mean)}x with it; SLO attainment with it "
             f"{percent(share)}, without {percent(_mean(frame, WITHOUT, 'slo'))}",
-            _within(slow[WITHOUT], least=1.0),
+            bounded(slow[WITHOUT], least=1.0),
             evidence(runs),
         ),
     ]
-
-
-def _within(value: Interval, *, least: float = -np.inf, most: float = np.inf) -> Outcome:
-    """Whether a value keeps its bound: decided only where its interval leaves the bound out, or has no width."""
-    bound = most if np.isfinite(most) else least
-    if value.n < 2:
-        return "no significant difference"
-    return decided(least <= value.mean <= most, not value.low < bound < value.high)
 
 
 def _nowhere(frame: pd.DataFrame, arms: Sequence[str]) -> list[str]:
@@ -299,4 +293,5 @@ ISOLATION = Study(
     experiments=("isolation",),
     findings=findings,
     live=("isolation",),
+    references=(SOLO,),
 )

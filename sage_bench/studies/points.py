@@ -27,27 +27,33 @@ Facts = Callable[[Manifest], Mapping[str, Any]]
 def points(runs: Runs, facts: Facts) -> pd.DataFrame:
     """``measure`` of every run, all tenants and priorities together. facts: where in the sweep a run is.
 
-    Raises :class:`DataError` for two simulations of one point and seed: one of them is of another configuration, from before
-    the experiment was changed.
+    Raises :class:`DataError`, also as :func:`refuse_two_configurations` does.
     """
+    refuse_two_configurations(runs, facts)
     rows: list[dict[str, Any]] = []
-    seen: dict[tuple[Any, ...], Run] = {}
     for run in runs:
         m = run.manifest
         at = {**facts(m), "policy": arm_of(m), "source": m.source, "seed": m.seed}
-        key = (*at.values(),)
-        if m.source == "simulation" and key in seen:
-            raise DataError(
-                f"{seen[key].folder} and {run.folder}: two configurations of one point of the sweep; remove the folder of the one "
-                "that is not meant"
-            )
-        seen[key] = run
         table = measure(run)
         whole = table[(table["tenant"] == ALL) & (table["priority"] == ALL)]
         at["served_rps"] = flow(run).responded_rps
         metrics = whole.drop(columns=["tenant", "priority"]).to_dict("records")
         rows.extend(at | {str(name): value for name, value in row.items()} for row in metrics)
     return pd.DataFrame(rows)
+
+
+def refuse_two_configurations(runs: Runs, facts: Facts) -> None:
+    """Raises :class:`DataError` for two simulations of one point, arm and seed: one of them is of another configuration, from
+    before the experiment was changed. A live run repeated is another measurement. facts: where in the sweep a run is."""
+    seen: dict[tuple[Any, ...], Run] = {}
+    for run in runs.where(lambda m: m.source == "simulation"):
+        m = run.manifest
+        first = seen.setdefault((*facts(m).values(), arm_of(m), m.seed), run)
+        if first is not run:
+            raise DataError(
+                f"{first.folder} and {run.folder}: two configurations of one point of the sweep; remove the folder of the one "
+                "that is not meant"
+            )
 
 
 def arm_of(manifest: Manifest) -> str:

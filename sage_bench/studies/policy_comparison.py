@@ -13,7 +13,7 @@ from sage_bench.metrics.compare import against, against_best
 from sage_bench.metrics.measure import ALL
 from sage_bench.metrics.statistics import CONFIDENCE, SEEDS_MIN, Interval
 from sage_bench.results.manifest import Manifest
-from sage_bench.studies.findings import Claim, Drawing, Findings, Outcome, TableOf, percent
+from sage_bench.studies.findings import Claim, Drawing, Findings, Outcome, TableOf, decided, percent
 from sage_bench.studies.points import at, cell, choice_of, heading, mean, points
 from sage_bench.studies.study import Experiments, Study, evidence
 from sage_bench.studies.twins import side_by_side, sides
@@ -23,6 +23,8 @@ from sage_core.units import SECOND
 
 OURS: Final = "hybrid"
 METRIC: Final = "slo_attainment"
+
+VERDICTS: Final = ("better", "no significant difference", "worse", "too few seeds")
 
 LEVELS: Final = ("light", "near", "over")
 """Of load, by the end of its name; a name without one is near."""
@@ -48,10 +50,12 @@ def findings(experiments: Experiments) -> Findings:
     if not any(OURS in table for table in cells.values()):
         raise DataError(f"policy_comparison: no run of {OURS}; run the whole experiment")
     every, best = against(cells, OURS), against_best(cells, OURS)
+    if best.empty:
+        raise DataError(f"policy_comparison: no run of a policy besides {OURS}; run the whole experiment")
     seeds = frame["seed"].nunique()
     return Findings(
         tables=[
-            _verdicts(best, seeds),
+            _verdicts(best),
             _beaten(every),
             *_trade_offs(frame),
             *side_by_side("live", of, _where, _HEADINGS),
@@ -60,12 +64,12 @@ def findings(experiments: Experiments) -> Findings:
             Drawing(
                 "verdicts",
                 f"SLO attainment of {OURS} less that of every other policy (points), load by load; a dot: significant at "
-                f"{CONFIDENCE:.0%}, paired over {seeds} seeds, Holm-adjusted over the whole matrix. Simulated.",
+                f"{CONFIDENCE:.0%}, paired over {_pairs(every)} seeds, Holm-adjusted over the whole matrix. Simulated.",
                 lambda: verdict_matrix(every, f"attainment of {OURS} less the other's (points)", REACH),
             )
         ],
         sentences=_sentences(best, every),
-        claims=_claims(best, every, seeds >= SEEDS_MIN, evidence(of.sweep)),
+        claims=_claims(_made_up(best), _made_up(every), evidence(of.sweep)),
         nowhere=_nowhere(frame, cells),
         fairness=[
             "All policies have the same devices, the same engines and, seed by seed, the same requests.",
@@ -73,12 +77,13 @@ def findings(experiments: Experiments) -> Findings:
             "upstream_hybrid goes by what engines last reported, once a second here; upstream_hybrid_counted is the same with loads that are "
             "never stale.",
             f"The best other policy of a cell is chosen on the runs it is held against, which favours it over {OURS}.",
+            *_of_traces(frame),
         ],
         notes=[
             f"Cells: {len(cells)}. Policies: {frame['policy'].nunique()}. Seeds: {seeds}.",
             *(
                 []
-                if any(" x" in load for load in set(frame["load"]))
+                if any(_is_trace(load) for load in set(frame["load"]))
                 else [
                     "Recorded traces: none among these runs, because they are not part of the repository; docs/studies.md says how."
                 ]
@@ -102,6 +107,26 @@ def _where(manifest: Manifest) -> Mapping[str, Any]:
     return {"load": name, "level": level or "near", "rate": manifest.load.rate}
 
 
+def _is_trace(load: str) -> bool:
+    """Whether a load, or the cell of one, is a recorded trace, by the name :func:`_where` gives it."""
+    return " x" in load
+
+
+def _made_up(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """The cells whose requests differ from seed to seed: of a trace they are the same, so its seeds are no repetitions."""
+    return verdicts[~verdicts["cell"].map(_is_trace).astype(bool)]
+
+
+def _of_traces(frame: pd.DataFrame) -> list[str]:
+    traces = [load for load in dict.fromkeys(frame["load"]) if _is_trace(load)]
+    if not traces:
+        return []
+    return [
+        f"The requests of a recorded trace ({', '.join(traces)}) are the same for every seed; only the embeddings mixed in differ. Its cells "
+        "are in the tables and the figure, and their intervals say nothing of another day: no claim and no count of cells rests on them."
+    ]
+
+
 def _cells(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """(seeds x policies) of attainment, by load and level."""
     whole = frame[frame["kind"] == ALL]
@@ -115,13 +140,13 @@ def _cells(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return found
 
 
-def _verdicts(best: pd.DataFrame, seeds: int) -> TableOf:
+def _verdicts(best: pd.DataFrame) -> TableOf:
     rows = [
         [
             row["cell"],
-            f"{100 * row['ours']:.1f}",
+            _share_cell(row["ours"]),
             row["other"],
-            f"{100 * row['theirs']:.1f}",
+            _share_cell(row["theirs"]),
             points_cell(Interval(row["difference"], row["low"], row["high"], int(row["seeds"]))),
             effect_cell(row["effect"]),
             p_cell(row["p_adjusted"]),
@@ -132,7 +157,7 @@ def _verdicts(best: pd.DataFrame, seeds: int) -> TableOf:
     columns = ["load", f"{OURS}\n(%)", "best other", "SLO\n(%)", "difference\n(points)", "effect\n(g)", "p", "verdict"]
     return TableOf(
         "against_best",
-        f"SLO attainment of {OURS} against the best other policy of each cell, paired over {seeds} seeds, with the {CONFIDENCE:.0%} "
+        f"SLO attainment of {OURS} against the best other policy of each cell, paired over {_pairs(best)} seeds, with the {CONFIDENCE:.0%} "
         "interval, Hedges' g of the pairs, and p Holm-adjusted over the cells.",
         Sheet(f"{OURS} against the best other policy", columns, rows),
     )
@@ -141,18 +166,23 @@ def _verdicts(best: pd.DataFrame, seeds: int) -> TableOf:
 def _beaten(every: pd.DataFrame) -> TableOf:
     rows = []
     for other, part in every.groupby("other", sort=False):
-        counts = [int((part["verdict"] == name).sum()) for name in ("better", "no significant difference", "worse")]
-        ranked = part.sort_values("difference")
-        least, most = ranked.iloc[0], ranked.iloc[-1]
-        rows.append(
-            [
-                str(other),
-                *map(str, counts),
-                f"{100 * most['difference']:+.1f} ({most['cell']})",
-                f"{100 * least['difference']:+.1f} ({least['cell']})",
-            ]
+        counts = [int((part["verdict"] == name).sum()) for name in VERDICTS]
+        ranked = part.dropna(subset="difference").sort_values("difference")
+        ends = (
+            [f"{100 * row['difference']:+.1f} ({row['cell']})" for row in ranked.iloc[[-1, 0]].to_dict("records")]
+            if len(ranked)
+            else ["–", "–"]
         )
-    columns = ["other policy", "better", "no significant\ndifference", "worse", "most (points)", "least (points)"]
+        rows.append([str(other), *map(str, counts), *ends])
+    columns = [
+        "other policy",
+        "better",
+        "no significant\ndifference",
+        "worse",
+        "too few\nseeds",
+        "most (points)",
+        "least (points)",
+    ]
     return TableOf(
         "against_each",
         f"In how many cells {OURS} has a significantly higher, not significantly different, and significantly lower SLO attainment than "
@@ -191,59 +221,73 @@ def _trade_offs(frame: pd.DataFrame) -> list[TableOf]:
 
 
 def _sentences(best: pd.DataFrame, every: pd.DataFrame) -> list[str]:
-    count = best["verdict"].value_counts()
-    better, worse = (int(count.get(name, 0)) for name in ("better", "worse"))
+    """Counts are of the loads that are made up; a loss is told wherever it is."""
+    counted = _made_up(best)
+    better, alike, worse, unknown = (int((counted["verdict"] == name).sum()) for name in VERDICTS)
     said = [
-        f"Against the best other policy of each cell, {OURS} has a significantly higher SLO attainment in {better} of {len(best)} "
-        f"cells, a significantly lower one in {worse}, and no significant difference in {len(best) - better - worse}."
+        f"Against the best other policy of each cell, {OURS} has a significantly higher SLO attainment in {better} of {len(counted)} "
+        f"cells, a significantly lower one in {worse}, and no significant difference in {alike}"
+        f"{f'; {unknown} ran with too few seeds to say' if unknown else ''}."
     ]
     said += [
         f"It loses under {row['cell']}: {percent(row['ours'])} against {percent(row['theirs'])} of {row['other']}."
         for row in best[best["verdict"] == "worse"].to_dict("records")
     ]
     if better:
-        row = best[best["verdict"] == "better"].sort_values("difference").iloc[-1]
+        row = counted[counted["verdict"] == "better"].sort_values("difference").iloc[-1]
         said.append(
             f"It gains most under {row['cell']}: {percent(row['ours'])} against {percent(row['theirs'])} of {row['other']}."
         )
-    never = [other for other, part in every.groupby("other") if not (part["verdict"] == "better").any()]
+    never = [other for other, part in _made_up(every).groupby("other") if not (part["verdict"] == "better").any()]
     if never:
         said.append(f"It is significantly better than {', '.join(map(str, never))} in no cell.")
     return said
 
 
-def _claims(best: pd.DataFrame, every: pd.DataFrame, decided: bool, shown: tuple[str, ...]) -> list[Claim]:
-    """decided: there are seeds enough that a difference would have been seen."""
+def _claims(best: pd.DataFrame, every: pd.DataFrame, shown: tuple[str, ...]) -> list[Claim]:
+    """A claim is decided where every pair shares seeds enough; a loss that was found is told however few there are."""
     worse = best[best["verdict"] == "worse"]
     lost = f" ({', '.join(worse['cell'])})" if len(worse) else ""
     others = list(dict.fromkeys(every["other"]))
     beaten = [other for other in others if ((every["other"] == other) & (every["verdict"] == "better")).any()]
     left = [other for other in others if other not in beaten]
     missed = f" (not than {', '.join(left)})" if left else ""
+    never: Outcome = "does not hold" if len(worse) else "holds" if _decided(best) else "no significant difference"
+    each: Outcome = decided(not left, _decided(every))
     return [
         Claim(
             "never-worse",
             220,
             f"{OURS} is in no cell significantly worse than the best other policy on SLO attainment",
-            f"significantly worse in {len(worse)} of {len(best)} cells{lost}",
-            _outcome(decided, worse.empty),
+            f"significantly worse in {len(worse)} of {len(best)} cells{lost}{_few(best)}",
+            never if len(best) else "not measured",
             shown,
         ),
         Claim(
             "better-than-each",
             220,
             f"{OURS} is significantly better than each other policy in at least one cell",
-            f"better than {len(beaten)} of {len(others)} policies{missed}",
-            _outcome(decided, not left),
+            f"better than {len(beaten)} of {len(others)} policies{missed}{_few(every)}",
+            each if len(every) else "not measured",
             shown,
         ),
     ]
 
 
-def _outcome(decided: bool, holds: bool) -> Outcome:
-    if not decided:
-        return "no significant difference"
-    return "holds" if holds else "does not hold"
+def _decided(verdicts: pd.DataFrame) -> bool:
+    """Whether every pair shares seeds enough that a difference would have been seen."""
+    return bool((verdicts["seeds"] >= SEEDS_MIN).all())
+
+
+def _pairs(verdicts: pd.DataFrame) -> str:
+    """How many seeds a comparison is over: ``5``, or ``1 to 5``."""
+    least, most = int(verdicts["seeds"].min()), int(verdicts["seeds"].max())
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+def _few(verdicts: pd.DataFrame) -> str:
+    few = int((verdicts["seeds"] < SEEDS_MIN).sum())
+    return f"; {few} of {len(verdicts)} comparisons share fewer than {SEEDS_MIN} seeds" if few else ""
 
 
 def _nowhere(frame: pd.DataFrame, cells: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -279,8 +323,14 @@ def _rate(frame: pd.DataFrame, load: str, level: str) -> float:
 
 
 def points_cell(value: Interval) -> str:
+    if value.n == 0:
+        return "–"
     mean, low, high = (100 * each for each in value[:3])
     return f"{mean:+.1f}" if value.n < 2 else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _share_cell(value: float) -> str:
+    return "–" if pd.isna(value) else f"{100 * value:.1f}"
 
 
 def effect_cell(value: float) -> str:

@@ -1,18 +1,18 @@
 """When something goes wrong: an engine dies, is drained or is slow, the network is slow, reports are old.
 
 Every scenario is held against the run of the same policy and seed in which nothing happens: the same requests, so what
-differs is the scenario's doing. *Recovered* is the end of the last stretch of :data:`STRETCH_S` whose requests' attainment is more
-than :data:`LOST` below that of the same requests without the fault.
+differs is the scenario's doing. A request that was under way when a fault happened, in either run, is one that the fault may have
+hit: it counts as of that instant, however long before it was scheduled. *Recovered* is the end of the last stretch of
+:data:`STRETCH_S` whose requests' attainment is more than :data:`LOST` below that of the same requests without the fault.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -23,7 +23,9 @@ from sage_bench.figures.style import SOURCES
 from sage_bench.metrics.statistics import SEEDS_MIN, Interval, holm, t_interval
 from sage_bench.results.manifest import Manifest
 from sage_bench.results.reader import Run, Runs
-from sage_bench.studies.findings import Claim, Drawing, Findings, TableOf, decided, number, percent
+from sage_bench.studies.bench_figures import bench_figures
+from sage_bench.studies.findings import Claim, Drawing, Findings, TableOf, number, percent
+from sage_bench.studies.hypotheses import Hypothesis, settled
 from sage_bench.studies.points import against, arm_of, at, cell, choice_of, heading, mean, points, relative, span
 from sage_bench.studies.study import Experiments, Study, evidence
 from sage_bench.studies.twins import side_by_side, sides
@@ -35,9 +37,6 @@ STRETCH_S: Final = 5.0
 LOST: Final = 0.05
 NOTHING: Final = "none"
 """The scenario in which nothing happens."""
-
-LIVE_FAULTS: Final = Path("results/bench/faults.json")
-"""What ``make bench-faults`` wrote: engines of a live system that were killed, stopped or slowed."""
 
 MEANING: Final = {
     NOTHING: "nothing happens",
@@ -56,19 +55,48 @@ class Span(NamedTuple):
     back: float
 
 
-class Around(NamedTuple):
-    """One run. attainment: (n,) of the stretches. arrived: requests, and of those without any outcome lost, failed."""
+class Account(NamedTuple):
+    """One run. attainment: (n,) of the stretches, by when requests were scheduled. arrived: requests, and of those lost without an
+    outcome and failed; left: of the failed those whose engine left."""
 
     scenario: str
     policy: str
     seed: int
     attainment: NDArray[np.float64]
-    during: float
-    after: float
     arrived: int
     lost: int
     failed: int
+    left: int
     retries: int
+
+
+class Beside(NamedTuple):
+    """A run with a fault beside that of the same policy and seed without. during, after: attainment of the same requests, without
+    the fault and with it. recovered: s, as of :func:`recovery_s`."""
+
+    scenario: str
+    policy: str
+    seed: int
+    during: tuple[float, float]
+    after: tuple[float, float]
+    recovered: float
+
+
+class LiveFault(msgspec.Struct, frozen=True):
+    """A part of what ``make bench-faults`` wrote: requests, and how many of them were lost."""
+
+    requests: int
+    lost: int
+
+
+class LiveFaults(msgspec.Struct, frozen=True):
+    """Engines of a live system that were killed, slowed or stopped."""
+
+    killed: LiveFault
+    slow: LiveFault
+    hanging: LiveFault
+    frozen: LiveFault
+    outage: LiveFault
 
 
 def findings(experiments: Experiments) -> Findings:
@@ -84,21 +112,20 @@ def findings(experiments: Experiments) -> Findings:
     spans = {
         name: span for run in of.sweep if (span := _span(run.manifest)) for name in [_where(run.manifest)["scenario"]]
     }
-    around = [_around(run, edges, spans) for run in of.sweep]
+    accounts = [_account(run, edges) for run in of.sweep]
     faults = [name for name in scenarios if name in spans]
+    alone = _alone(frame, scenarios, policies)
+    pairs = [pair for name in faults for pair in _pairs(of.sweep, name, spans[name], edges)]
     tables = [_overall(frame, scenarios, policies)]
     if faults:
-        tables.append(_faults(around, faults, policies, spans, edges))
+        tables.append(_faults(pairs, accounts, faults, policies, spans))
     tables += side_by_side("robustness_live_measured", of, _where, {"scenario": "scenario"})
-    lost = sum(each.lost for each in around)
-    arrived = sum(each.arrived for each in around)
-    sentences = [
-        f"No request is lost silently: of {arrived:,} requests in {len(of.sweep)} runs {lost:,} ended without an outcome"
-        f"{_told_failed(around)}."
-    ]
-    sentences += [_fault_sentence(around, name, policies, spans[name], edges) for name in faults]
+    lost = sum(each.lost for each in accounts)
+    arrived = sum(each.arrived for each in accounts)
+    sentences = [_accounted(accounts)]
+    sentences += [_fault_sentence(pairs, name, policies, spans[name]) for name in faults]
     sentences += [_steady_sentence(frame, name, policies) for name in scenarios if name not in (NOTHING, *faults)]
-    claims = [
+    claims: list[Claim | Hypothesis] = [
         Claim(
             "robustness-nothing-lost",
             234,
@@ -115,7 +142,7 @@ def findings(experiments: Experiments) -> Findings:
 
         def draw() -> Figure:
             panels = {
-                MEANING[name]: {policy: _curve(around, name, policy) for policy in policies}
+                MEANING[name]: {policy: _curve(accounts, name, policy) for policy in policies}
                 for name in (NOTHING, *faults)
             }
             first = spans[faults[0]]
@@ -130,7 +157,7 @@ def findings(experiments: Experiments) -> Findings:
         tables,
         figures,
         sentences,
-        claims,
+        settled(claims),
         nowhere=_nowhere(frame, scenarios, policies),
         fairness=[
             "Every scenario and policy sees the same requests, seed by seed; a scenario changes the cluster and nothing else.",
@@ -138,7 +165,7 @@ def findings(experiments: Experiments) -> Findings:
             "tried again elsewhere.",
             "Nobody is told that the slow engine is slow: policies that route by expected times expect it to be like the others.",
         ],
-        notes=_live_note(),
+        notes=[*alone, *_live_note()],
     )
 
 
@@ -167,38 +194,126 @@ def _edges(runs: Runs) -> NDArray[np.float64]:
     return np.arange(start, min(ends) / SECOND + 1e-9, STRETCH_S)
 
 
-def _around(run: Run, edges: NDArray[np.float64], spans: dict[str, Span]) -> Around:
-    scenario = _where(run.manifest)["scenario"]
-    rows = run.frame("requests", ("scheduled_ns", "good", "outcome", "retries", "warmup"))
-    at_s, good = rows["scheduled_ns"].to_numpy() / SECOND, rows["good"].to_numpy(np.float64)
-    sent, _ = np.histogram(at_s, edges)
-    met, _ = np.histogram(at_s, edges, weights=good)
-    window = next(iter(spans.values())) if spans and scenario not in spans else spans.get(scenario)
-    start, back = window or Span(math.inf, math.inf)
-    inside = (at_s >= start) & (at_s < back)
-    behind = (at_s >= back) & (at_s < edges[-1])
+def _account(run: Run, edges: NDArray[np.float64]) -> Account:
+    rows = run.frame("requests", ("scheduled_ns", "good", "outcome", "reason", "retries"))
+    failed = rows["outcome"] == "failed"
+    left = failed & rows["reason"].astype("string").str.fullmatch(_LEFT).fillna(False).astype(bool)
     arrived = run.manifest.counts.get("arrived", len(rows))
-    return Around(
-        scenario,
+    return Account(
+        _where(run.manifest)["scenario"],
         arm_of(run.manifest),
         run.manifest.seed,
-        met / np.maximum(sent, 1),
-        float(good[inside].mean()) if inside.any() else math.nan,
-        float(good[behind].mean()) if behind.any() else math.nan,
+        _attainment(rows["scheduled_ns"].to_numpy() / SECOND, rows["good"].to_numpy(np.float64), edges),
         arrived,
         int(rows["outcome"].isna().sum()) + arrived - len(rows),
-        int((rows["outcome"] == "failed").sum()),
+        int(failed.sum()),
+        int(left.sum()),
         int(rows["retries"].sum()),
     )
 
 
-def _of(around: Sequence[Around], scenario: str, policy: str) -> list[Around]:
-    return sorted((a for a in around if (a.scenario, a.policy) == (scenario, policy)), key=lambda each: each.seed)
+_LEFT: Final = r"replica \d+ left"
+"""The control plane's reason for a failure where the engine was gone and the request could not be tried again."""
 
 
-def _curve(around: Sequence[Around], scenario: str, policy: str) -> NDArray[np.float64]:
-    curve: NDArray[np.float64] = np.mean([each.attainment for each in _of(around, scenario, policy)], axis=0)
+def _attainment(
+    at_s: NDArray[np.float64], good: NDArray[np.float64], edges: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(n,) by stretch; 0 where it has no request."""
+    count, _ = np.histogram(at_s, edges)
+    met, _ = np.histogram(at_s, edges, weights=good)
+    of: NDArray[np.float64] = met / np.maximum(count, 1)
+    return of
+
+
+def _pairs(runs: Runs, scenario: str, span: Span, edges: NDArray[np.float64]) -> list[Beside]:
+    """Of every policy and seed that has both runs."""
+    calm, hit = (
+        {(arm_of(run.manifest), run.manifest.seed): run for run in runs if _where(run.manifest)["scenario"] == name}
+        for name in (NOTHING, scenario)
+    )
+    return [
+        compared(scenario, *key, _same_requests(calm[key], hit[key]), span, edges)
+        for key in sorted(calm.keys() & hit.keys())
+    ]
+
+
+_TWO: Final = ("_without", "_with")
+
+
+def _same_requests(calm: Run, hit: Run) -> pd.DataFrame:
+    """A row for each request, what became of it in both runs; one that a run lost is not good there and has no end. Raises
+    :class:`DataError` where the two did not see the same."""
+    rows = [run.frame("requests", ("request", "scheduled_ns", "ended_ns", "good")) for run in (calm, hit)]
+    both = rows[0].merge(rows[1], on="request", how="outer", suffixes=_TWO, validate="one_to_one")
+    scheduled = [both[f"scheduled_ns{name}"] for name in _TWO]
+    arrived = [run.manifest.counts.get("arrived", len(of)) for run, of in zip((calm, hit), rows, strict=True)]
+    if arrived[0] != arrived[1] or ((scheduled[0] - scheduled[1]).fillna(0.0) != 0.0).any():
+        raise DataError(
+            f"{calm.folder} and {hit.folder}: not the same requests, so the fault is not all they differ in; run both again"
+        )
+    return both.assign(
+        scheduled_ns=scheduled[0].fillna(scheduled[1]), **{f"good{name}": both[f"good{name}"].eq(True) for name in _TWO}
+    )
+
+
+def compared(
+    scenario: str, policy: str, seed: int, both: pd.DataFrame, span: Span, edges: NDArray[np.float64]
+) -> Beside:
+    """both: columns scheduled_ns, and ended_ns (NaN where it has no end) and good ``_without`` and ``_with`` the fault."""
+    at_s = both["scheduled_ns"].to_numpy() / SECOND
+    ended_s = np.max([both[f"ended_ns{name}"].fillna(math.inf).to_numpy() / SECOND for name in _TWO], axis=0)
+    calm, hit = (both[f"good{name}"].to_numpy(np.float64) for name in _TWO)
+    struck = (at_s < min(span.back, edges[-1])) & (ended_s >= span.start)
+    behind = (at_s >= span.back) & (at_s < edges[-1])
+    when_s = np.where(struck, np.maximum(at_s, span.start), at_s)
+    without, with_fault = (_attainment(when_s, good, edges) for good in (calm, hit))
+    return Beside(
+        scenario,
+        policy,
+        seed,
+        (_share(calm[struck]), _share(hit[struck])),
+        (_share(calm[behind]), _share(hit[behind])),
+        recovery_s(with_fault, without, edges, span.start),
+    )
+
+
+def _share(good: NDArray[np.float64]) -> float:
+    return float(good.mean()) if len(good) else math.nan
+
+
+def _of(found: Sequence[Beside], scenario: str, policy: str) -> list[Beside]:
+    return [each for each in found if (each.scenario, each.policy) == (scenario, policy)]
+
+
+def _accounts_of(accounts: Sequence[Account], scenario: str, policy: str) -> list[Account]:
+    return [each for each in accounts if (each.scenario, each.policy) == (scenario, policy)]
+
+
+def _curve(accounts: Sequence[Account], scenario: str, policy: str) -> NDArray[np.float64]:
+    of = [each.attainment for each in _accounts_of(accounts, scenario, policy)]
+    curve: NDArray[np.float64] = np.mean(of, axis=0)
     return curve
+
+
+def _alone(frame: pd.DataFrame, scenarios: Sequence[str], policies: Sequence[str]) -> list[str]:
+    """A note for each policy and scenario of which a seed has only one of the two runs. Raises :class:`DataError` where none has
+    both."""
+    notes = []
+    for name in scenarios[1:]:
+        for policy in policies:
+            calm, hit = (set(at(frame, scenario=each, policy=policy)["seed"]) for each in (NOTHING, name))
+            if not calm & hit:
+                raise DataError(
+                    f"robustness: policy {policy} has no seed with both cluster=robustness/{NOTHING} and cluster=robustness/{name}; "
+                    "run the whole experiment"
+                )
+            if single := calm ^ hit:
+                notes.append(
+                    f"{MEANING[name].capitalize()}, {policy}: of seed{'s' if len(single) > 1 else ''} "
+                    f"{', '.join(map(str, sorted(single)))} only one of the two runs is there, so differences are without."
+                )
+    return notes
 
 
 def recovery_s(
@@ -212,37 +327,30 @@ def recovery_s(
     return math.inf if worse[-1] == len(with_fault) - 1 else float(edges[worse[-1] + 1] - start_s)
 
 
-def _recoveries(
-    around: Sequence[Around], scenario: str, policy: str, span: Span, edges: NDArray[np.float64]
-) -> Interval:
-    """By seed; NaN for a seed that has not recovered by the end."""
-    pairs = zip(_of(around, scenario, policy), _of(around, NOTHING, policy), strict=True)
-    found = [recovery_s(with_fault.attainment, without.attainment, edges, span.start) for with_fault, without in pairs]
-    return t_interval([each if math.isfinite(each) else math.nan for each in found])
+def _recoveries(pairs: Sequence[Beside]) -> Interval:
+    """By seed; those that have not recovered by the end do not count."""
+    return t_interval([each.recovered for each in pairs if math.isfinite(each.recovered)])
 
 
 def _faults(
-    around: Sequence[Around],
+    found: Sequence[Beside],
+    accounts: Sequence[Account],
     faults: Sequence[str],
     policies: Sequence[str],
     spans: dict[str, Span],
-    edges: NDArray[np.float64],
 ) -> TableOf:
     rows = []
     for name in faults:
         for policy in policies:
-            mine, calm = _of(around, name, policy), _of(around, NOTHING, policy)
-            recovered = _recoveries(around, name, policy, spans[name], edges)
+            pairs, mine = _of(found, name, policy), _accounts_of(accounts, name, policy)
+            recovered = _recoveries(pairs)
             rows.append(
                 [
                     MEANING[name],
                     policy,
-                    *(
-                        _percent_cell([getattr(each, part) for each in of])
-                        for part in ("during", "after")
-                        for of in (calm, mine)
-                    ),
-                    f"{cell(recovered)}{'' if recovered.n == len(mine) else f' ({recovered.n} of {len(mine)} seeds)'}",
+                    *(_percent_cell([each.during[side] for each in pairs]) for side in (0, 1)),
+                    *(_percent_cell([each.after[side] for each in pairs]) for side in (0, 1)),
+                    f"{cell(recovered)}{'' if recovered.n == len(pairs) else f' ({recovered.n} of {len(pairs)} seeds)'}",
                     number(float(np.mean([each.failed for each in mine]))),
                     number(float(np.mean([each.retries for each in mine]))),
                     str(sum(each.lost for each in mine)),
@@ -251,9 +359,10 @@ def _faults(
     first = spans[faults[0]]
     return TableOf(
         "faults",
-        f"The fault is at {first.start:g} s, the engine is back at {first.back:g} s; attainment of requests scheduled between the two "
-        f"(during) and later (after), beside the same requests without the fault. Recovered: from the fault to the end of the last "
-        f"{STRETCH_S:g} s in which attainment is more than {100 * LOST:g} points below that of the same requests without it; 0 where it "
+        f"The fault is at {first.start:g} s, the engine is back at {first.back:g} s; attainment of the requests that were under way or "
+        f"scheduled between the two (during) and of those scheduled later (after), beside the same requests without the fault. Under way: "
+        f"in either of the two runs. Recovered: from the fault to the end of the last {STRETCH_S:g} s in which attainment is more than "
+        f"{100 * LOST:g} points below that of the same requests without it, those under way at the fault counted as of then; 0 where it "
         "never is. Failed and retried: requests a run.",
         Sheet(
             "Around a fault",
@@ -271,41 +380,43 @@ def _percent_cell(values: Sequence[float]) -> str:
     return cell(value)
 
 
-def _fault_sentence(
-    around: Sequence[Around], scenario: str, policies: Sequence[str], span: Span, edges: NDArray[np.float64]
-) -> str:
+def _fault_sentence(found: Sequence[Beside], scenario: str, policies: Sequence[str], span: Span) -> str:
     """Which policy loses least while it lasts, and which most."""
-    loss = {
-        policy: t_interval(
-            [
-                calm.during - hit.during
-                for hit, calm in zip(_of(around, scenario, policy), _of(around, NOTHING, policy), strict=True)
-            ]
-        )
-        for policy in policies
-    }
-    best, worst = min(loss, key=lambda name: loss[name].mean), max(loss, key=lambda name: loss[name].mean)
+    pairs = {policy: _of(found, scenario, policy) for policy in policies}
+    loss = {name: t_interval([each.during[0] - each.during[1] for each in mine]).mean for name, mine in pairs.items()}
+    best, worst = min(loss, key=lambda name: loss[name]), max(loss, key=lambda name: loss[name])
     text = (
-        f"When {MEANING[scenario]} for {span.back - span.start:g} s, {best} loses {percent(loss[best].mean)} of the objectives of the "
-        f"requests of that time and {worst} {percent(loss[worst].mean)}"
+        f"When {MEANING[scenario]} for {span.back - span.start:g} s, {best} loses {percent(loss[best])} of the objectives of the "
+        f"requests of that time, those under way at its start among them, and {worst} {percent(loss[worst])}"
     )
-    text += f"; it is over {_over(around, scenario, best, span, edges)}, {_over(around, scenario, worst, span, edges)}"
+    text += f"; it is over {_over(best, pairs[best])}, {_over(worst, pairs[worst])}"
     if "hybrid" in loss and "hybrid" not in (best, worst):
-        text += f" (hybrid: {percent(loss['hybrid'].mean)})"
+        text += f" (hybrid: {percent(loss['hybrid'])})"
     return text + "."
 
 
-def _over(around: Sequence[Around], scenario: str, policy: str, span: Span, edges: NDArray[np.float64]) -> str:
+def _over(policy: str, pairs: Sequence[Beside]) -> str:
     """When, with a policy; how many seeds have not recovered is said before any mean over those that have."""
-    seeds, found = len(_of(around, scenario, policy)), _recoveries(around, scenario, policy, span, edges)
-    if found.n < seeds:
-        return f"by the end of the run in {found.n} of {seeds} seeds with {policy}"
+    found = _recoveries(pairs)
+    if found.n < len(pairs):
+        return f"by the end of the run in {found.n} of {len(pairs)} seeds with {policy}"
     return f"{number(found.mean)} s after the fault with {policy}"
 
 
-def _told_failed(around: Sequence[Around]) -> str:
-    failed = sum(each.failed for each in around)
-    return f", and {failed:,} that an engine was streaming when it died are reported as failed" if failed else ""
+def _accounted(accounts: Sequence[Account]) -> str:
+    """What became of the requests of all runs: lost, or failed and of what."""
+    arrived, lost, failed, left = (
+        sum(getattr(each, name) for each in accounts) for name in ("arrived", "lost", "failed", "left")
+    )
+    told = []
+    if left:
+        told.append(f"{left:,} whose engine left before they were done")
+    if failed - left:
+        told.append(f"{failed - left:,} for other reasons")
+    reported = f"; {failed:,} are reported as failed: {' and '.join(told)}" if told else ""
+    if lost:
+        return f"Of {arrived:,} requests in {len(accounts)} runs {lost:,} ended without an outcome{reported}."
+    return f"No request is lost silently: of {arrived:,} requests in {len(accounts)} runs none ended without an outcome{reported}."
 
 
 # --- scenarios that last ---------------------------------------------------------------------------------------------
@@ -346,7 +457,7 @@ def _steady_sentence(frame: pd.DataFrame, scenario: str, policies: Sequence[str]
     for policy in policies:
         calm, hit = (at(frame, scenario=name, policy=policy) for name in (NOTHING, scenario))
         chats = [at(frame, "chat", scenario=name, policy=policy) for name in (NOTHING, scenario)]
-        lost[policy] = mean(chats[0], "slo_attainment").mean - mean(chats[1], "slo_attainment").mean
+        lost[policy] = -against(chats[0], chats[1], "slo_attainment").difference.mean
         served[policy] = relative(calm, hit, "served_rps").mean - 1
     told = ", ".join(f"{name} {percent(lost[name])}" for name in _extremes(lost))
     slowed = min(served, key=lambda name: served[name])
@@ -366,20 +477,21 @@ def _hybrid(served: dict[str, float]) -> str:
     return f" (hybrid: {percent(served['hybrid'])})" if "hybrid" in served else ""
 
 
-def _claim(frame: pd.DataFrame, scenario: str, policies: Sequence[str], runs: Runs) -> Claim:
+def _claim(frame: pd.DataFrame, scenario: str, policies: Sequence[str], runs: Runs) -> Hypothesis:
     """hybrid against the best of the others, whichever that is here."""
     means = {name: mean(at(frame, scenario=scenario, policy=name), "slo_attainment") for name in policies}
     best = max((name for name in policies if name != "hybrid"), key=lambda name: means[name].mean)
     found = against(
         at(frame, scenario=scenario, policy=best), at(frame, scenario=scenario, policy="hybrid"), "slo_attainment"
     )
-    return Claim(
+    return Hypothesis(
         f"robustness-{scenario}",
         259,
         f"when {MEANING[scenario]}, hybrid attains more of the objectives than any other policy here",
         f"{percent(means['hybrid'].mean)} against {percent(means[best].mean)} under {best}, the best of the others; difference "
         f"{number(100 * found.difference.mean)} points{span(found.difference, 0.01)}",
-        decided(found.difference.mean > 0, found.p < 0.05),
+        found.difference.mean > 0,
+        found.p,
         evidence(runs),
     )
 
@@ -405,20 +517,24 @@ def _nowhere(frame: pd.DataFrame, scenarios: Sequence[str], policies: Sequence[s
 
 
 def _live_note() -> list[str]:
-    """What was measured on live engines that were killed, if it was."""
-    if not LIVE_FAULTS.is_file():
+    """What was measured on live engines that were killed, if it was: by another program, so it is said to be no part of the runs."""
+    faults = bench_figures("faults", LiveFaults)
+    if faults is None:
         return ["Engines of a live system are killed by `make bench-faults`; its figures are not in results/bench."]
-    figures = json.loads(LIVE_FAULTS.read_text(encoding="utf-8"))
-    runs = {name: each for name, each in figures.items() if isinstance(each, dict) and "lost" in each}
-    told = ", ".join(f"{name} {each['lost']} of {each['requests']}" for name, each in runs.items())
-    return (
-        [f"Live, on emulated engines behind the gateway (`make bench-faults`), requests lost: {told}."] if runs else []
+    told = ", ".join(
+        f"{name} {each.lost} of {each.requests}"
+        for name in LiveFaults.__struct_fields__
+        for each in [getattr(faults, name)]
     )
+    return [
+        "Not from these runs: `make bench-faults` of this checkout has emulated engines behind the gateway killed, slowed or stopped; "
+        f"requests lost: {told}."
+    ]
 
 
 ROBUSTNESS = Study(
     "robustness",
-    "5.6",
+    "5.8",
     "Robustness",
     "What happens to requests and objectives when an engine dies, is slow, or is seen late?",
     ("robustness",),

@@ -6,8 +6,9 @@ Engines are modelled, so what it is held against, the time a request takes, is s
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import pandas as pd
@@ -18,10 +19,10 @@ from sage_bench.figures.style import SOURCES
 from sage_bench.figures.throughput_backends import throughput_backends
 from sage_bench.metrics.measure import ALL
 from sage_bench.metrics.saturation import Saturation, flow, saturation
-from sage_bench.metrics.statistics import Interval, t_interval
+from sage_bench.metrics.statistics import Interval, holm, t_interval
 from sage_bench.results.manifest import Manifest
 from sage_bench.results.reader import Run, Runs
-from sage_bench.studies.findings import Claim, Drawing, Findings, Outcome, TableOf, decided, number, percent
+from sage_bench.studies.findings import Claim, Drawing, Findings, Outcome, TableOf, bounded, decided, number, percent
 from sage_bench.studies.points import (
     about,
     against,
@@ -40,7 +41,7 @@ from sage_bench.studies.study import Experiments, Study, evidence
 from sage_bench.studies.twins import COMPARED, side_by_side, sides
 from sage_bench.tables import Sheet
 from sage_core.errors import DataError
-from sage_core.units import MICROSECOND, MILLISECOND, PoolKind
+from sage_core.units import MICROSECOND, MILLISECOND, SECOND, PoolKind
 
 NEAR_LINEAR: Final = 0.9
 """Efficiency from which scaling is called near-linear."""
@@ -51,6 +52,8 @@ NEGLIGIBLE: Final = 0.001
 FAIR: Final = 0.95
 """Jain index of service from which a hundred clients are said to be served fairly."""
 
+FULL: Final = 0.9
+"""Share of the sequences an engine takes from which it is called full."""
 
 _LIVE: Final = (*COMPARED, ("control_ns_per_request", ALL))
 
@@ -73,8 +76,8 @@ def findings(experiments: Experiments) -> Findings:
         claims=[claim for part in parts for claim in part.claims],
         nowhere=[sentence for part in parts for sentence in part.nowhere],
         fairness=[
-            "All numbers of backends, clients and loads share engines, policy (hybrid, but where policies are compared), "
-            "objectives and seeds.",
+            "All numbers of backends, clients and loads share policy (hybrid, but where policies are compared), objectives and seeds.",
+            _engines_text(experiments),
             "Numbers of backends are compared by equal requests (512 tokens in, 128 out): of a mix an overloaded system answers the cheap "
             "part, and what it answers is no measure of its size.",
             "The 70B class spans four GPUs an engine, so its throughput is that of eight GPUs where the others have two.",
@@ -82,6 +85,33 @@ def findings(experiments: Experiments) -> Findings:
             "shared with others, makes every overhead here larger in proportion.",
         ],
     )
+
+
+def _engines_text(experiments: Experiments) -> str:
+    """Which experiments have the same engines, so that numbers are not read across those that have not."""
+    names: dict[str, list[str]] = {}
+    for name in experiments.simulated:
+        runs = sides(experiments, name).sweep
+        text = " or ".join(
+            sorted({_engine(group) for run in runs for group in run.manifest.config["cluster"]["devices"]})
+        )
+        names.setdefault(text, []).append(name.rpartition("/")[2])
+    if len(names) == 1:
+        return f"All experiments have the same engines: {next(iter(names))}."
+    told = "; ".join(f"{', '.join(of)}: {text}" for text, of in names.items())
+    return f"Engines are the same within an experiment (but for model sizes) and not in all of them: {told}. Numbers are not compared across."
+
+
+def _engine(group: Mapping[str, Any]) -> str:
+    """Of a group of equal devices: its node and what it runs."""
+    llm, embed = group.get("llm"), group.get("embed")
+    parts = [f"{llm['profile']} with {_sequences(llm)} sequences"] if llm else []
+    parts.append(embed["profile"] if embed else "no embeddings")
+    return f"{group['node']} ({', '.join(parts)})"
+
+
+def _sequences(llm: Mapping[str, Any]) -> int:
+    return int(llm.get("max_num_seqs", 256))
 
 
 # --- backends --------------------------------------------------------------------------------------------------------
@@ -173,7 +203,7 @@ def _backends(experiments: Experiments) -> Findings:
                 272 if name == "strong" else 274,
                 f"near-linear scaling to {most} backends ({name}): efficiency of at least {percent(NEAR_LINEAR, 0)}",
                 f"{number(speedup.mean)}x on {most} backends{span(speedup)}, efficiency {percent(efficiency)}",
-                "holds" if efficiency >= NEAR_LINEAR else "does not hold",
+                bounded(_scaled(speedup, counts[0] / most), least=NEAR_LINEAR),
                 evidence(of.sweep),
             )
         )
@@ -181,19 +211,29 @@ def _backends(experiments: Experiments) -> Findings:
     live = points(of.live, _where) if len(of.live) else None
     if live is not None:
         sentences.append(_overhead_live(at(live), of.live.source()))
-    few, many = (mean(at(frame, backends=n, rate=rates["weak"][n]), "control_overhead") for n in (counts[0], most))
-    measured = float(at(live)["control_overhead"].max()) if live is not None else 0.0
+    shares = {n: mean(at(frame, backends=n, rate=rates["weak"][n]), "control_overhead") for n in counts}
     claims.append(
         Claim(
             "scalability-overhead",
             275,
             f"the plane's overhead stays below {percent(NEGLIGIBLE)} of E2E from {counts[0]} to {most} backends",
-            f"{_small(few.mean)} of E2E with {_backends_text(counts[0])}, {_small(many.mean)} with {most}"
-            + (f"; {_small(measured)} in the live gateway" if measured else ""),
-            "holds" if max(few.mean, many.mean, measured) < NEGLIGIBLE else "does not hold",
+            f"{_small(shares[counts[0]].mean)} of E2E with {_backends_text(counts[0])}, {_small(shares[most].mean)} with {most}",
+            _all(bounded(share, most=NEGLIGIBLE) for share in shares.values()),
             evidence(of.sweep),
         )
     )
+    if live is not None:
+        parts = [mean(part, "control_overhead") for _, part in at(live).groupby(["backends", "rate"])]
+        claims.append(
+            Claim(
+                "scalability-overhead-live",
+                275,
+                f"the overhead of a gateway stays below {percent(NEGLIGIBLE)} of E2E at every point that was run",
+                f"at most {_small(max(part.mean for part in parts))} of E2E, the mean of {min(part.n for part in parts)} seeds",
+                _all(bounded(part, most=NEGLIGIBLE) for part in parts),
+                evidence(of.live),
+            )
+        )
 
     def draw() -> Figure:
         return throughput_backends(counts, series, SOURCES[of.sweep.source()])
@@ -241,6 +281,19 @@ def _overhead_live(frame: pd.DataFrame, source: str) -> str:
     )
 
 
+def _scaled(value: Interval, factor: float) -> Interval:
+    return Interval(value.mean * factor, value.low * factor, value.high * factor, value.n)
+
+
+def _all(outcomes: Iterable[Outcome]) -> Outcome:
+    """Of a claim that has to hold at every point."""
+    told = set(outcomes)
+    for each in ("does not hold", "not measured", "no significant difference"):
+        if each in told:
+            return each
+    return "holds"
+
+
 def _backends_text(count: int) -> str:
     return "one backend" if count == 1 else f"{count} backends"
 
@@ -284,13 +337,13 @@ def _load(experiments: Experiments) -> Findings:
         ),
     )  # fmt: skip
     beyond = at(frame, rate=rates[-1])
-    used, waiting = t_interval([_slots(run) for run in last]).mean, mean(beyond, "queue_depth_mean").mean
+    used, waiting = t_interval([_slots(run) for run in last]), mean(beyond, "queue_depth_mean").mean
     plane_us = mean(beyond, "control_ns_per_request").mean / MICROSECOND
     sentences = [
         _ceiling_text(knee, engines),
-        f"Why there: at {plain(rates[-1])} requests/s the LLM engines hold {percent(used, 0)} of the sequences they can and "
+        f"At {plain(rates[-1])} requests/s the LLM engines hold {percent(used.mean, 0)} of the sequences they can and "
         f"{number(waiting)} tasks wait in the plane, which is busy for {percent(_core(beyond))} of one core at "
-        f"{number(plane_us)} us a request. The engines are the ceiling; a plane of that cost would be at its own at about "
+        f"{number(plane_us)} us a request. {_why(knee, used, _core(beyond))} A plane of that cost would be at its own ceiling at about "
         f"{about(1e6 / plane_us)} requests/s; a gateway pays for HTTP too, and is at its own before that.",
     ]
     low, high = at(frame, rate=rates[0]), at(frame, rate=rates[-1])
@@ -324,11 +377,11 @@ def _load(experiments: Experiments) -> Findings:
 
     caption = f"Latency of chat over the offered load on {engines} backends, {frame['seed'].nunique()} seeds, simulated. {sentences[0]}"
     nowhere = []
-    free = [rate for rate in rates if mean(at(frame, rate=rate), "queue_depth_mean").mean < 1]
+    free = list(itertools.takewhile(lambda rate: mean(at(frame, rate=rate), "queue_depth_mean").mean < 1, rates))
     if free:
         nowhere.append(
-            f"Up to {plain(max(free))} requests/s on {engines} backends less than one task waits in the plane on average: no order "
-            "of its queue can make a difference there."
+            f"Up to {plain(max(free))} requests/s on {engines} backends less than one task waits in the plane on average: there "
+            "is hardly a queue to order."
         )
     plane = _measured(
         "load",
@@ -352,15 +405,24 @@ def _ceiling_text(knee: Saturation, engines: int) -> str:
     )
 
 
+def _why(knee: Saturation, used: Interval, core: float) -> str:
+    """What the ceiling is. used: places taken in the LLM engines; core: what the plane takes of one core; both at the highest rate."""
+    if math.isnan(knee.next_rps):
+        return "No rate of the sweep is above the ceiling, so these runs do not say what it is."
+    if core >= 1:
+        return "The plane would need more than a core, which a simulation does not charge it for: live, it is a ceiling too."
+    if bounded(used, least=FULL) == "holds":
+        return "The engines are the ceiling: they are full, and the plane is not."
+    return "That the engines are full is not shown, so these runs do not say what the ceiling is."
+
+
 def _slots(run: Run) -> float:
     """Median over reports of LLM engines within the arrivals: sequences running, of the most that the engine takes."""
     reports = run.frame("replicas", ("at_ns", "replica", "running"))
     llms = {each.replica for each in run.manifest.replicas if each.pool_kind == PoolKind.LLM}
     until = run.frame("requests", ("scheduled_ns",))["scheduled_ns"].max()
     of = reports[reports["replica"].isin(llms) & reports["at_ns"].between(run.manifest.warmup_ns, until)]
-    most = [
-        group["llm"].get("max_num_seqs", 256) for group in run.manifest.config["cluster"]["devices"] if group.get("llm")
-    ]
+    most = [_sequences(group["llm"]) for group in run.manifest.config["cluster"]["devices"] if group.get("llm")]
     return float(of["running"].median() / max(most)) if len(of) else math.nan
 
 
@@ -466,25 +528,26 @@ def _fairness(experiments: Experiments) -> Findings:
     sentences, claims = [], []
     top = rates[-1]
     if {"hybrid", "fifo"} <= set(policies):
-        for name, label in (("jain_service", "of service"), ("jain_slo", "of SLO attainment")):
-            one, other = (at(frame, rate=top, policy=policy) for policy in ("fifo", "hybrid"))
-            found = against(one, other, name)
-            known = found.difference.n > 1 and found.p < 0.05
-            what = "no significant difference" if not known else "higher" if found.difference.mean > 0 else "lower"
+        one, other = (at(frame, rate=top, policy=policy) for policy in ("fifo", "hybrid"))
+        indices = {"jain_service": "of service", "jain_slo": "of SLO attainment"}
+        differences = [against(one, other, name) for name in indices]
+        adjusted = holm([found.p for found in differences])
+        for (name, label), found, p in zip(indices.items(), differences, adjusted, strict=True):
+            what = "no significant difference" if not p < 0.05 else "higher" if found.difference.mean > 0 else "lower"
             sentences.append(
                 f"Among {count} clients at {plain(top)} requests/s the Jain index {label} is {number(mean(other, name).mean)} under hybrid "
                 f"and {number(mean(one, name).mean)} under fifo ({what})."
             )
         index = mean(at(frame, rate=top, policy="hybrid"), "jain_service")
-        waited = mean(at(frame, rate=top, policy="hybrid"), "wait_ns_max")
+        waited_ns = float(at(frame, rate=top, policy="hybrid")["wait_ns_max"].max())
         claims.append(
             Claim(
                 "scalability-fairness",
                 191,
                 f"{count} clients are served fairly under overload: a Jain index of service of at least {FAIR}",
                 f"Jain {number(index.mean)}{span(index)} under hybrid at {plain(top)} requests/s; nobody was queued longer than "
-                f"{number(waited.mean / 1e9)} s on average over seeds",
-                "holds" if index.mean >= FAIR else "does not hold",
+                f"{number(waited_ns / SECOND)} s in any of the {index.n} runs",
+                bounded(index, least=FAIR),
                 evidence(runs),
             )
         )
@@ -573,10 +636,8 @@ def _models(experiments: Experiments) -> Findings:
                 [
                     name,
                     plain(rate),
-                    *(
-                        cell(mean(here, metric), metric)
-                        for metric in ("throughput_rps", "slo_attainment", "e2e_ns_mean")
-                    ),
+                    cell(mean(here, "served_rps")),
+                    *(cell(mean(here, metric), metric) for metric in ("slo_attainment", "e2e_ns_mean")),
                     number(_model_time(here).mean / MILLISECOND),
                 ]
             )
@@ -605,8 +666,8 @@ def _models(experiments: Experiments) -> Findings:
     least, most = names[0], names[-1]
     told = ", ".join(f"{_small(ratios[name].mean)} for {name}" for name in names)
     sentences = [
-        f"Of the time a model takes the plane adds, at {plain(rates[0])} requests/s, {told}: the time in the plane does not depend on the "
-        "model, the model's does."
+        f"Of the time a model takes the plane adds, at {plain(rates[0])} requests/s, {told}. "
+        + _plane_text(least, most, *(at(frame, model=name, rate=rates[0]) for name in (least, most)))
     ]
     claims = [
         Claim(
@@ -614,7 +675,7 @@ def _models(experiments: Experiments) -> Findings:
             274,
             f"negligible overhead for large models: below {percent(NEGLIGIBLE)} of the time of a {most} model",
             f"{_small(ratios[most].mean)} for {most}, {_small(ratios[least].mean)} for {least}",
-            "holds" if ratios[most].mean < NEGLIGIBLE else "does not hold",
+            bounded(ratios[most], most=NEGLIGIBLE),
             evidence(runs),
         ),
         Claim(
@@ -627,6 +688,14 @@ def _models(experiments: Experiments) -> Findings:
         ),
     ]
     return Findings([table, plane], [], sentences, claims)
+
+
+def _plane_text(least: str, most: str, small: pd.DataFrame, large: pd.DataFrame) -> str:
+    """Whether the plane's time depends on the model."""
+    found = against(small, large, "control_ns_per_request")
+    few, many = (mean(frame, "control_ns_per_request").mean / MICROSECOND for frame in (small, large))
+    how = "no significant difference" if not found.p < 0.05 else "more" if found.difference.mean > 0 else "less"
+    return f"The plane itself takes {number(few)} us a request with {least} and {number(many)} us with {most} ({how})."
 
 
 def _falls(small: pd.DataFrame, large: pd.DataFrame) -> Outcome:

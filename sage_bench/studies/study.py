@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from sage_bench.results.manifest import Manifest
 from sage_bench.results.reader import Run, Runs, load_runs
 from sage_bench.studies.findings import Findings
 from sage_core.errors import DataError
@@ -21,10 +22,12 @@ FOLDERS: Final[Mapping[Size, str]] = {"full": "", "quick": "quick/", "live": "li
 
 @dataclass(frozen=True, slots=True)
 class Experiments:
-    """Runs of a study by experiment (its name below ``conf/experiment``); simulated, and live where there are any."""
+    """Runs of a study by experiment (its name below ``conf/experiment``); simulated, and live where there are any. left_out: a
+    sentence for each run that was found and is not among them."""
 
     simulated: Mapping[str, Runs]
     live: Mapping[str, Runs]
+    left_out: Sequence[str] = ()
 
     @property
     def runs(self) -> list[Run]:
@@ -35,7 +38,11 @@ class Experiments:
 @dataclass(frozen=True, slots=True)
 class Study:
     """section: of the paper, such as ``5.2``. experiments: names below ``conf/experiment``; each exists in every size that
-    is in ``sizes``. findings: from the runs alone. live: those of the experiments that also have a live size."""
+    is in ``sizes``. findings: from the runs alone. live: those of the experiments that also have a live size.
+
+    baselines: arms that the others are held against in *wins and losses*: the first of them that a condition has, and nothing is
+    held against anything where it has none; empty leaves it to ``metrics.compare``. references: arms that are not held against
+    others, such as one that gets fewer requests."""
 
     name: str
     section: str
@@ -44,6 +51,8 @@ class Study:
     experiments: tuple[str, ...]
     findings: Callable[[Experiments], Findings]
     live: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
     def commands(self, size: Size) -> list[tuple[str, ...]]:
         """Arguments of ``sage run`` that make its runs, one for each experiment."""
@@ -57,20 +66,34 @@ def folder_of(experiment: str) -> str:
 
 
 def experiments_in(results: Path, study: Study) -> Experiments:
-    """Its runs below ``results``. Raises :class:`DataError` where an experiment has none that is simulated."""
+    """Its runs below ``results`` that are complete and valid. Raises :class:`DataError` where an experiment has none that is
+    simulated."""
     simulated, live = {}, {}
+    left_out: list[str] = []
     for name in study.experiments:
         folder = results / folder_of(name)
         if not folder.is_dir():
             raise DataError(
                 f"{folder}: no such folder; run `sage run experiment={name} results={results}`, or `sage paper`"
             )
-        runs = load_runs(folder).where(lambda m: m.status == "complete" and not m.invalid)
+        found = load_runs(folder)
+        left_out += [_left_out(run.manifest) for run in found.where(lambda m: not _counts(m))]
+        runs = found.where(_counts)
         simulated[name] = runs.where(lambda m: m.source == "simulation")
         live[name] = runs.where(lambda m: m.source != "simulation")
         if not len(simulated[name]):
             raise DataError(f"{folder}: holds no complete simulated run; run `sage run experiment={name}` again")
-    return Experiments(simulated, {name: runs for name, runs in live.items() if len(runs)})
+    return Experiments(simulated, {name: runs for name, runs in live.items() if len(runs)}, left_out)
+
+
+def _counts(manifest: Manifest) -> bool:
+    """Whether it ran to its end and the load generator kept up."""
+    return manifest.status == "complete" and not manifest.invalid
+
+
+def _left_out(manifest: Manifest) -> str:
+    why = manifest.status if manifest.status != "complete" else f"invalid ({'; '.join(manifest.invalid)})"
+    return f"{manifest.experiment}/{manifest.run_id}: {why}, left out."
 
 
 def evidence(runs: Runs) -> tuple[str, ...]:

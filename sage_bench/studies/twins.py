@@ -13,9 +13,10 @@ import pandas as pd
 
 from sage_bench.metrics.definitions import METRICS
 from sage_bench.metrics.measure import ALL
+from sage_bench.metrics.statistics import Interval, t_interval
 from sage_bench.results.reader import Runs
 from sage_bench.studies.findings import TableOf, number
-from sage_bench.studies.points import Facts, at, cell, heading, mean, plain, points
+from sage_bench.studies.points import Facts, at, cell, heading, plain, points
 from sage_bench.studies.study import Experiments
 from sage_bench.tables import Sheet
 from sage_core.errors import DataError
@@ -53,53 +54,58 @@ def sides(experiments: Experiments, name: str) -> Sides:
 def side_by_side(
     name: str, of: Sides, facts: Facts, headings: dict[str, str], compared: Sequence[tuple[str, str]] = COMPARED
 ) -> list[TableOf]:
-    """The table ``name``, or none where nothing ran live. headings: of the columns that ``facts`` gives."""
+    """The table ``name``, or none where nothing ran live. headings: of the columns that ``facts`` gives.
+
+    Raises :class:`DataError`, also where live runs of emulated and of real engines are mixed.
+    """
     if not len(of.live) or not len(of.twins):
         return []
+    source = of.live.source()
     simulated, live = points(of.twins, facts), points(of.live, facts)
     known = [
         (metric, kind) for metric, kind in compared if _known(live, metric, kind) and _known(simulated, metric, kind)
     ]
     rows = []
+    errors: list[tuple[float, str]] = []
     for place in live[[*headings, "policy"]].drop_duplicates().to_dict("records"):
         row = [plain(value) if isinstance(value, float) else str(value) for value in place.values()]
+        here = {str(name): value for name, value in place.items()}
         for metric, kind in known:
-            here = {str(name): value for name, value in place.items()}
-            model, real = mean(at(simulated, kind, **here), metric), mean(at(live, kind, **here), metric)
-            comparable = (
-                METRICS[metric].better and real.n and model.n and real.mean
-            )  # CPU times of two programs are not
-            off = 100 * (model.mean / real.mean - 1) if comparable else None
-            row += [cell(model, metric), cell(real, metric), "–" if off is None else f"{off:+.1f}"]
+            model, real = _on_shared_seeds(at(simulated, kind, **here), at(live, kind, **here), metric)
+            row += [cell(model, metric), cell(real, metric)]
+            if METRICS[metric].better and real.n and real.mean:  # CPU times of two programs are not comparable
+                error = model.mean / real.mean - 1
+                errors.append((abs(error), METRICS[metric].label))
+                row.append(f"{100 * error:+.1f}")
+            else:
+                row.append("–")
         rows.append(row)
     columns = [*headings.values(), "policy"]
     for metric, kind in known:
         columns += [f"{heading(metric, kind)}\nsimulated", "live", "error %"]
-    (source,) = set(live["source"])
-    worst = _worst(simulated, live, list(headings), known)
     return [
         TableOf(
             name,
-            f"The same points simulated and run by the live half on {source} engines, {_runs(len(of.live))}; the error is the "
-            f"simulation's against the live run{worst}.",
+            f"The same points simulated and run by the live half on {source} engines, {_runs(len(of.live))}, over the seeds that ran "
+            f"both ways; the error is the simulation's against the live run{_worst(errors)}.",
             Sheet("Simulated and live", columns, rows),
             core=False,
         )
     ]
 
 
-def _worst(simulated: pd.DataFrame, live: pd.DataFrame, names: list[str], known: Sequence[tuple[str, str]]) -> str:
+def _on_shared_seeds(simulated: pd.DataFrame, live: pd.DataFrame, metric: str) -> tuple[Interval, Interval]:
+    """Of one place, over the seeds that both sides have: which live runs were valid must not choose what is compared."""
+    one, two = (frame.groupby("seed")[metric].mean().dropna() for frame in (simulated, live))
+    shared = one.index.intersection(two.index)
+    return t_interval(one[shared].tolist()), t_interval(two[shared].tolist())
+
+
+def _worst(errors: Sequence[tuple[float, str]]) -> str:
     """The largest error of what has a better and a worse, in words."""
-    found = []
-    for place in live[[*names, "policy"]].drop_duplicates().to_dict("records"):
-        here = {str(name): value for name, value in place.items()}
-        for metric, kind in known:
-            model, real = mean(at(simulated, kind, **here), metric), mean(at(live, kind, **here), metric)
-            if METRICS[metric].better and model.n and real.n and real.mean:
-                found.append((abs(model.mean / real.mean - 1), METRICS[metric].label))
-    if not found:
+    if not errors:
         return ""
-    share, label = max(found)
+    share, label = max(errors)
     return f", at most {number(100 * share, 2)} % ({label})"
 
 

@@ -46,12 +46,14 @@ LOOPS: Final = {"OpenLoop": "open loop", "ClosedLoop": "closed loop"}
 
 
 class World(NamedTuple):
-    """What was recorded in one kind of load and source. rows: of :func:`sage_bench.studies.points.points`, by policy."""
+    """What was recorded in one kind of load and source. real, predicted: rows of :func:`sage_bench.studies.points.points`, by
+    policy, of the seeds that have all runs. runs: those that the rows are of."""
 
     loop: str
     source: str
     real: pd.DataFrame
     predicted: pd.DataFrame
+    runs: Runs
     pairs: list[tuple[Run, Run, Run]]
     same: int
 
@@ -64,13 +66,12 @@ def findings(experiments: Experiments) -> Findings:
     worlds = _worlds(experiments)
     if not worlds:
         raise DataError("whatif: no record has its prediction; run experiment=whatif, then experiment=whatif_predicted")
-    of = experiments.simulated["whatif_predicted"]
     rows = [row for world in worlds for row in _rows(world)]
     first = worlds[0]
     between = {world.name: _intervals(world) for world in worlds}
     sentences = [_sentence(world) for world in worlds]
     sentences += [_covered(world, told) for world in worlds if (told := between[world.name])]
-    claims = [_claim(world, of) for world in worlds]
+    claims = [_claim(world) for world in worlds]
 
     def draw() -> Figure:
         chosen = next((world for world in worlds if world.loop == "ClosedLoop"), first)
@@ -147,23 +148,37 @@ def _worlds(experiments: Experiments) -> list[World]:
     for loop in LOOPS:
         for source in SOURCES:
             here = {"loop": loop, "of": source}
-            mine = Runs([run for run in real if _real_at(run.manifest) == here])
+            mine = _first(Runs([run for run in real if _real_at(run.manifest) == here]))
             theirs = Runs([run for run in predicted if _predicted_at(run.manifest) == here])
+            told, guessed = points(mine, _real_at), points(theirs, _predicted_at)  # refuses two simulations of one seed
             pairs = _pairs(mine, theirs)
             if pairs:
+                seeds = {truth.manifest.seed for _, _, truth in pairs}
+                told, guessed = (frame[frame["seed"].isin(seeds)] for frame in (told, guessed))
+                kept = Runs([run for run in (*mine, *theirs) if run.manifest.seed in seeds])
                 same = sum(one.manifest.digest == other.manifest.digest for one, _, other in pairs)
-                found.append(World(loop, source, points(mine, _real_at), points(theirs, _predicted_at), pairs, same))
+                found.append(World(loop, source, told, guessed, kept, pairs, same))
     return found
 
 
+def _first(runs: Runs) -> Runs:
+    """Of live runs that were repeated the earliest, as ``load=whatif/record`` takes it; simulations all."""
+    kept: dict[tuple[str, int], Run] = {}
+    for run in sorted(runs, key=lambda each: each.manifest.timing.started_at):
+        kept.setdefault((run.manifest.policy.name, run.manifest.seed), run)
+    live = {run.folder for run in kept.values()}
+    return Runs([run for run in runs if run.manifest.source == "simulation" or run.folder in live])
+
+
 def _pairs(real: Runs, predicted: Runs) -> list[tuple[Run, Run, Run]]:
-    """By seed: hybrid predicted, fifo repeated, hybrid real."""
+    """By seed that has all four runs: hybrid predicted, fifo repeated, hybrid real; the fourth is the record."""
 
     def by_seed(runs: Runs, policy: str) -> dict[int, Run]:
         return {run.manifest.seed: run for run in runs if run.manifest.policy.name == policy}
 
     asked, base, truth = by_seed(predicted, WANTED), by_seed(predicted, RECORDED), by_seed(real, WANTED)
-    return [(asked[seed], base[seed], truth[seed]) for seed in sorted(asked.keys() & base.keys() & truth.keys())]
+    seeds = asked.keys() & base.keys() & truth.keys() & by_seed(real, RECORDED).keys()
+    return [(asked[seed], base[seed], truth[seed]) for seed in sorted(seeds)]
 
 
 def _errors(world: World, metric: str, kind: str) -> list[float]:
@@ -245,7 +260,7 @@ def _covered(world: World, told: Sequence[tuple[str, Paired, float]]) -> str:
     )
 
 
-def _claim(world: World, runs: Runs) -> Claim:
+def _claim(world: World) -> Claim:
     error, label = _worst(world)
     return Claim(
         f"whatif-{'open' if world.loop == 'OpenLoop' else 'closed'}-{world.source}",
@@ -253,7 +268,7 @@ def _claim(world: World, runs: Runs) -> Claim:
         f"a prediction from the record is within {percent(EXACT, 0)} of the real run in every metric and seed ({world.name})",
         f"at most {percent(error)} off ({label}), {len(world.pairs)} seed{'s' if len(world.pairs) > 1 else ''}",
         "holds" if error <= EXACT else "does not hold",
-        evidence(runs),
+        evidence(world.runs),
     )
 
 
@@ -274,7 +289,7 @@ def _drawn(world: World) -> Figure:
 
 WHATIF = Study(
     "whatif",
-    "5.7",
+    "5.9",
     "What if",
     f"From a record under {RECORDED}: how well can it be told what {WANTED} would have made of the same clients?",
     ("whatif", "whatif_predicted"),

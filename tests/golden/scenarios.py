@@ -48,7 +48,6 @@ INGREDIENTS = (
     "tpot_limit",
     "embedding_batches",
     "predicted_routing",
-    "prefix_routing",
 )
 
 

@@ -78,6 +78,22 @@ def test_an_engine_fills_up_though_nobody_sees_first_tokens(input_token_ns: floa
     run(main())
 
 
+def test_a_prompt_behind_one_that_left_is_not_told_as_late_as_that_would_have_been() -> None:
+    async def main() -> None:
+        specs = lambda port: [llm_spec(port, input_token_ns=1e6)]  # noqa: E731
+        async with gateway(iteration_s=0.02, specs=specs) as (served, engine):
+            leaving = asyncio.create_task(ask(served.port, CHAT, chat("word " * 4_800, **LONG)))  # 6 s to read
+            await until(lambda: engine.engine.live == 1)
+            leaving.cancel()
+            await until(lambda: engine.engine.live == 0)
+            asking = asyncio.create_task(ask(served.port, CHAT, chat("word", **LONG)))
+            async with asyncio.timeout(4):
+                await until(lambda: served.heard(e.TokensProduced))
+            asking.cancel()
+
+    run(main())
+
+
 def test_a_whole_answer_is_tried_again_after_its_prompt_was_read() -> None:
     """Nothing of it has left for the client."""
 

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_core.errors import ConfigError
-from sage_policies.affinity import AWAY, PrefixAffinity, PrefixHome
+from sage_core.units import PoolKind
+from sage_policies.affinity import PrefixAffinity, PrefixHome
+from sage_policies.hashing import draws
 from sage_policies.route import LeastInFlight
 
 PREFIXES = list(range(1, 301))
@@ -61,48 +63,54 @@ def test_a_bound_below_the_mean_is_refused():
 # --- homes ----------------------------------------------------------------------------------------------------------------
 
 
-def homed(in_flight, tasks, replicas, prefix=(7,)):
-    return PrefixHome(LeastInFlight()).score(
-        0, tasks(prefix=list(prefix)), replicas(len(in_flight), in_flight=in_flight)
-    )
+def homed(in_flight, tasks, replicas, *, now=0, kind=PoolKind.LLM, prefix=(7,), **columns):
+    view = tasks(prefix=list(prefix), pool_kind=kind, queued_at=[0] * len(prefix))
+    return PrefixHome(LeastInFlight()).score(now, view, replicas(len(in_flight), in_flight=in_flight, **columns))
 
 
-def home_of(count, tasks, replicas):
-    return int(homed([0] * count, tasks, replicas)[0].argmin())
+def with_home(in_flight, value, tasks, replicas):
+    """``in_flight`` with ``value`` at the home of prefix 7, and which that is."""
+    view = replicas(len(in_flight))
+    home = int(draws(np.array([7]), view.replica)[0].argmin())
+    return [value if i == home else each for i, each in enumerate(in_flight)], home
 
 
 def test_a_prompt_goes_nowhere_but_home_while_the_home_has_its_share(tasks, replicas):
-    home = home_of(3, tasks, replicas)
-    in_flight = [4, 4, 4]
+    in_flight, home = with_home([4, 4, 4], 4, tasks, replicas)
     scores = homed(in_flight, tasks, replicas)[0]
     assert scores[home] == 4
     assert np.isinf(np.delete(scores, home)).all()
 
 
-def test_what_a_home_holds_beyond_its_share_goes_anywhere(tasks, replicas):
-    home = home_of(3, tasks, replicas)
-    in_flight = [4, 4, 4]
-    in_flight[home] = 9
-    assert homed(in_flight, tasks, replicas)[0].tolist() == in_flight, "the inner route decides"
+@pytest.mark.parametrize(
+    ("value", "columns", "now"),
+    [
+        (9, {}, 0),  # more than its share
+        (0, {}, 0),  # idle: if something keeps it closed, nothing would open it again
+        (4, {"tasks_max": [4, 4, 4]}, 0),  # no slot left
+        (4, {}, 3_000_000_001),  # waited long enough
+    ],
+)
+def test_a_home_that_is_not_worth_the_wait_is_like_any_other(tasks, replicas, value, columns, now):
+    in_flight, _ = with_home([4, 4, 4], value, tasks, replicas)
+    assert homed(in_flight, tasks, replicas, now=now, **columns)[0].tolist() == in_flight
 
 
-def test_an_idle_home_is_preferred_and_not_waited_for(tasks, replicas):
-    """If something keeps it closed, nothing would ever open it again."""
-    home = home_of(3, tasks, replicas)
-    in_flight = [4, 4, 4]
-    in_flight[home] = 0
-    scores = homed(in_flight, tasks, replicas)[0]
-    assert scores.argmin() == home
-    assert np.isfinite(scores).all() and (np.delete(scores, home) >= AWAY).all()
+def test_a_slow_replica_is_no_home_and_nobody_waits_for_the_only_fast_one(tasks, replicas):
+    slow = {"input_token_ns": [1e4, 1e5], "output_token_ns": [1e7, 1e8]}
+    for prefix in range(1, 40):
+        assert homed([4, 4], tasks, replicas, prefix=[prefix], **slow)[0].tolist() == [4, 4]
 
 
-def test_what_has_no_prefix_has_no_home(tasks, replicas):
-    assert homed([3, 1, 2], tasks, replicas, prefix=[0])[0].tolist() == [3, 1, 2]
+def test_only_prompts_have_homes(tasks, replicas):
+    in_flight, _ = with_home([4, 4, 4], 4, tasks, replicas)
+    assert homed(in_flight, tasks, replicas, kind=PoolKind.EMBEDDING)[0].tolist() == in_flight
+    assert homed(in_flight, tasks, replicas, prefix=[0])[0].tolist() == in_flight
 
 
 @given(loads=st.lists(st.integers(0, 50), min_size=1, max_size=8), prefixes=st.lists(st.integers(0, 99), min_size=1))
 def test_every_prompt_may_go_somewhere_or_waits_for_a_replica_that_has_work(tasks, replicas, loads, prefixes):
-    scores = homed(loads, tasks, replicas, prefixes)
+    scores = homed(loads, tasks, replicas, prefix=prefixes)
     for row in scores:
         allowed = np.flatnonzero(np.isfinite(row))
         assert len(allowed) == len(loads) or (len(allowed) == 1 and loads[allowed[0]] > 0)

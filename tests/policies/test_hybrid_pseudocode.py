@@ -77,12 +77,13 @@ def test_route(doc, any_tasks, any_replicas, data):
     now, view = data.draw(any_tasks)
     pool = data.draw(any_replicas)
     route = PredictedFinish(data.draw(st.floats(0.0, 2.0)))
-    homes = PrefixHome(route, data.draw(st.floats(1.0, 3.0)))
+    homes = PrefixHome(route, data.draw(st.floats(1.0, 3.0)), data.draw(st.integers(0, 10**14)))
     replicas = replica_rows(pool)
     want = [[doc.route_score(task, replica, route) for replica in replicas] for task in rows(view)]
     assert route.score(now, view, pool).tolist() == want
-    homed = [doc.homed_score(scores, task, replicas, homes) for scores, task in zip(want, rows(view), strict=True)]
-    assert homes.score(now, view, pool).tolist() == homed
+    if view.pool_kind == PoolKind.LLM:
+        want = [doc.homed_score(now, task, replicas, of, homes) for of, task in zip(want, rows(view), strict=True)]
+    assert homes.score(now, view, pool).tolist() == want
 
 
 def test_the_table_of_switches_lists_every_boolean_of_the_preset():

@@ -42,7 +42,7 @@ ORDERS += [
 ]
 ROUTES = [RoundRobin(), LeastInFlight(), LeastOutstandingTokens(), PredictedFinish(), PredictedFinish(0.3)]
 ROUTES += [LeastExpectedWait(), PowerOfTwo(), PrefixAffinity(), PrefixAffinity(1.0), Headroom(), Headroom(pack=True)]
-ROUTES += [PrefixHome(PredictedFinish()), PrefixHome(LeastInFlight(), 1.0)]
+ROUTES += [PrefixHome(PredictedFinish()), PrefixHome(LeastInFlight(), 1.0, 10**13)]
 ROUTES += [UpstreamRoute(), UpstreamRoute([0, 2]), UpstreamRoute([1], counted=True)]
 ADMITS = [
     ShedAtSaturation(),

@@ -175,13 +175,12 @@ def test_hybrid_routes_to_the_faster_replica_until_it_is_the_later_one():
 
 
 def test_hybrid_switches_reach_the_parts():
-    plain = {"predicted_routing": False, "prefix_routing": False}
-    off = presets.hybrid(**plain, laxity=False, budget_s={"chat": 1, "generate": 2, "embedding": 3})
+    off = presets.hybrid(predicted_routing=False, laxity=False, budget_s={"chat": 1, "generate": 2, "embedding": 3})
     assert isinstance(off.route, LeastInFlight)
     assert off.order.laxity is False and off.order.budget_ns == (SECOND, 2 * SECOND, 3 * SECOND)
     for name, parameter in inspect.signature(presets.hybrid).parameters.items():
         if parameter.annotation == "bool":
-            on, turned = presets.hybrid(), presets.hybrid(**{name: False})
+            on, turned = presets.hybrid(), presets.hybrid(**{name: not parameter.default})
             parts = [part for part in ("order", "route", "limit") if getattr(on, part) != getattr(turned, part)]
             assert len(parts) == (2 if name == "starvation" else 1), f"{name} changes {parts}"
 

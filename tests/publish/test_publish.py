@@ -20,13 +20,15 @@ from rich.console import Console
 from sage_bench.metrics.compare import conditions
 from sage_bench.publish.balance import balance, nowhere
 from sage_bench.publish.chapter import Chapter, chapter_of, verdicts_of
+from sage_bench.publish.checklist import checklist
 from sage_bench.publish.fairness import differences, fairness, refuse_unequal_hosts
 from sage_bench.publish.ledger import TEMPLATES, ledger, tally
 from sage_bench.publish.page import page
 from sage_bench.publish.publish import publish, write_chapters
-from sage_bench.results.manifest import read_manifest
+from sage_bench.results.manifest import EngineFact, Source, read_manifest
 from sage_bench.results.reader import Runs, load_runs
 from sage_bench.studies.findings import Claim, Findings, number
+from sage_bench.studies.registry import STUDIES
 from sage_bench.studies.study import Experiments, Study, experiments_in
 from sage_core.errors import DataError, OutputError
 
@@ -261,3 +263,63 @@ def test_publish_writes_and_says(results: Path, study: Study, tmp_path: Path) ->
     assert all(path.is_file() for path in paths)
     said = out.getvalue()
     assert "9.9 A tiny study" in said and "does not hold: attains" in said and "claims: holds 1" in said
+
+
+def test_arms_are_held_against_the_baseline_that_the_study_names(queueing: ModuleType, tmp_path: Path) -> None:
+    """Neither a reference nor the twin of a live run is counted, and all of them stay among the runs."""
+    cases: list[tuple[Source, tuple[str, ...]]] = [
+        ("simulation", ()),
+        ("simulation", ("driver=sim",)),
+        ("emulated", ("driver=live",)),
+    ]
+    for source, point in cases:
+        for arm in ("alone", "first", "ours", "second"):
+            for seed in (1, 2):
+                folder = tmp_path / f"{arm}-{seed}-{source}-{len(point)}"
+                queueing.run(
+                    folder, queueing.Queue(20, 0.02, 100, seed), experiment="x", policy=arm, source=source, overrides=point,
+                    config={"short": bool(point)},
+                )  # fmt: skip
+    every = load_runs(tmp_path)
+    experiments = Experiments(
+        {"x": every.where(lambda m: m.source == "simulation")}, {"x": every.where(lambda m: m.source != "simulation")}
+    )
+    study = Study("x", "", "x", "", ("x",), lambda _: Findings((), (), (), ()))
+    chapter = chapter_of(study, experiments)
+    assert set(chapter.verdicts["baseline"]) == {"alone"}, "without a name the first by name is the baseline"
+    named = chapter_of(replace(study, baselines=("missing", "ours"), references=("alone",)), experiments)
+    assert set(named.verdicts["baseline"]) == {"ours"}
+    assert set(named.verdicts["policy"]) == {"first", "second"}
+    assert not named.verdicts["condition"].str.contains("driver=sim").any()
+    assert [table.caption.partition(" in ")[2][:11] for table in balance(named)] == ["1 condition"] * 2
+    assert len(named.runs) == len(every) == 24
+    assert chapter_of(replace(study, baselines=("missing",)), experiments).verdicts.empty
+
+
+def test_arms_that_studies_name_exist() -> None:
+    conf = Path(__file__).parents[2] / "conf"
+    known = {path.stem for group in ("arm", "policy") for path in (conf / group).rglob("*.yaml")}
+    named = {arm for study in STUDIES for arm in (*study.baselines, *study.references)}
+    assert named and named <= known
+
+
+def test_runs_that_were_left_out_are_told(results: Path, study: Study) -> None:
+    experiments = replace(experiments_in(results, study), left_out=("tiny/one: interrupted, left out.",))
+    assert chapter_of(study, experiments).findings.notes[-1] == "tiny/one: interrupted, left out."
+
+
+def test_the_checklist_counts_runs_and_not_engines(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results, tmp_path / "r")
+    folders = sorted((tmp_path / "r" / "tiny").iterdir())[:3]
+    for folder, gpus in zip(folders, (("A", "A"), ("B",), ("B",)), strict=True):
+        manifest = read_manifest(folder)
+        engines = tuple(EngineFact(f"e{i}", "http://127.0.0.1", gpu, "vllm", "v1") for i, gpu in enumerate(gpus))
+        changed = msgspec.structs.replace(
+            manifest, engines=engines, hardware=msgspec.structs.replace(manifest.hardware, gpus=gpus)
+        )
+        (folder / "manifest.json").write_bytes(msgspec.json.encode(changed))
+    found = conditions(load_runs(tmp_path / "r"))
+    chapter = Chapter("x", "", "x", "", Findings((), (), (), ()), found, verdicts_of(found))
+    values = {row[1]: row[2] for row in checklist([chapter]).rows}
+    assert values["GPU model"].startswith("B (2 runs); A (1 runs)")
+    assert re.findall(r"\((\w)\) \((\d) runs\)", values["engines"]) == [("B", "2"), ("A", "1")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -69,6 +71,33 @@ def test_few_seeds_are_told_to_be_few(findings: Findings) -> None:
 def test_the_whole_has_to_be_there(small: ModuleType, results: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="ablation_system: no run of full"):
         ABLATION.findings(small.relabelled(results, tmp_path / "copy", ABLATION, {"full": "most"}))
+
+
+def test_an_ingredient_that_is_missing_under_one_load_is_named(
+    small: ModuleType, results: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(results, tmp_path / "copy")
+    grid = {"policy": ["hybrid", "hybrid_without/classes"], "load": ["comparison/overload"], "seed": ["1"]}
+    short = ["load.duration_s=6", "warmup_s=1", "cooldown_s=0"]
+    small.sweep(tmp_path / "copy", "ablation", short, grid)
+    missing = r"no_in_flight_limits and hybrid have no runs of one seed under overload"
+    with pytest.raises(DataError, match=missing):
+        ABLATION.findings(experiments_in(tmp_path / "copy", ABLATION))
+
+
+@pytest.mark.parametrize("kept", ["hybrid", "no_classes"])
+def test_a_load_without_the_whole_or_a_whole_without_others(results: Path, kept: str) -> None:
+    every = experiments_in(results, ABLATION)
+    rest = every.simulated["ablation"].where(lambda m: m.policy.name == kept)
+    with pytest.raises(DataError, match=r"ablation: no run of"):
+        ABLATION.findings(replace(every, simulated={**every.simulated, "ablation": rest}))
+
+
+def test_the_fewest_seeds_of_a_pair_count(results: Path) -> None:
+    every = experiments_in(results, ABLATION)
+    rest = every.simulated["ablation"].where(lambda m: m.policy.name == "hybrid" or m.seed < 3)
+    found = ABLATION.findings(replace(every, simulated={**every.simulated, "ablation": rest}))
+    assert found.nowhere == ["2 seeds are too few to say which ingredients make no difference."]
 
 
 def test_the_figure_draws(findings: Findings) -> None:

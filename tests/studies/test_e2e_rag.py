@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,9 @@ import pytest
 from sage_bench.figures.stage_shares import stage_shares
 from sage_bench.figures.stage_waterfall import stage_waterfall
 from sage_bench.made_up_index import KEPT, WORDS, passages
+from sage_bench.metrics.statistics import Interval, Paired
+from sage_bench.results.manifest import NAME
+from sage_bench.studies import e2e_rag
 from sage_bench.studies.e2e_rag import E2E_RAG
 from sage_bench.studies.findings import Findings
 from sage_bench.studies.study import experiments_in
@@ -89,13 +94,46 @@ def test_figures_are_drawn_and_refuse_nothing(findings: Findings) -> None:
 
 
 def test_a_comparison_needs_two_arms(results: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(results, tmp_path / "one")
     for path in (tmp_path / "one" / "e2e_rag").glob("hybrid_no_path-*"):
         shutil.rmtree(path)
     with pytest.raises(DataError, match="another"):
         E2E_RAG.findings(experiments_in(tmp_path / "one", E2E_RAG))
+
+
+def test_a_close_look_needs_a_rate_that_all_arms_have(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results, tmp_path / "apart")
+    for path in list((tmp_path / "apart" / "e2e_rag").iterdir()):
+        lacks = '"load.rate=20"' if path.name.startswith("hybrid_no_path") else '"load.rate=90"'
+        if lacks in (path / NAME).read_text(encoding="utf-8"):
+            shutil.rmtree(path)
+    with pytest.raises(DataError, match="no rate has runs of all of hybrid, hybrid_no_path"):
+        E2E_RAG.findings(experiments_in(tmp_path / "apart", E2E_RAG))
+
+
+def test_claims_are_adjusted_for_how_many_there_are(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attainment, p95 and p99 against one arm: three at once."""
+    monkeypatch.setattr(e2e_rag, "against", lambda *_: Paired(Interval(0.1, 0.05, 0.15, 5), 0.02))
+    monkeypatch.setattr(e2e_rag, "relative", lambda *_: Interval(0.9, 0.8, 1.0, 5))
+    claims = E2E_RAG.findings(experiments_in(results, E2E_RAG)).claims
+    compared = {each.id: each.outcome for each in claims if each.id.endswith("-hybrid_no_path")}
+    assert len(compared) == 3
+    assert set(compared.values()) == {"no significant difference"}
+
+
+def test_figures_of_a_benchmark_are_told_apart_and_read_whole(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "results" / "bench" / "retrieval.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"search": {"1000": {"recall_at_10": 0.93}}}), encoding="utf-8")
+    (note,) = E2E_RAG.findings(experiments_in(results, E2E_RAG)).notes
+    assert note.startswith("Not from these runs: ")
+    assert "0.93 of 1,000 vectors" in note
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(DataError, match=r"retrieval\.json"):
+        E2E_RAG.findings(experiments_in(results, E2E_RAG))
 
 
 def test_the_made_up_index_searches_and_ranks() -> None:

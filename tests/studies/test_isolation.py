@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from sage_bench.results.reader import Run, load_runs
+from sage_bench.results.reader import Run, Runs, load_runs
 from sage_bench.studies.findings import Claim, Findings
-from sage_bench.studies.isolation import ISOLATION
+from sage_bench.studies.isolation import ISOLATION, _frame
 from sage_bench.studies.study import experiments_in
 from sage_core.errors import DataError
 
@@ -77,6 +79,15 @@ def test_the_numbers_are_those_of_the_rows(runs: dict[tuple[str, int], Run], fin
     assert claim(findings, "isolation-batch").text.startswith(f"{100 * share:.1f} %")
 
 
+def test_percentiles_are_by_nearest_rank(runs: dict[tuple[str, int], Run]) -> None:
+    """As docs/metrics.md says: a p95 is a latency that a request had."""
+    run = runs["fifo", 1]
+    rows = run.frame("requests")
+    long = rows[~rows["warmup"] & (rows["tenant"] == "batch") & (rows["kind"] == "generate")]["e2e_ns"].dropna()
+    (p95,) = _frame(Runs([run]))["batch_e2e_p95"]
+    assert p95 == sorted(long)[math.ceil(0.95 * len(long)) - 1] != long.quantile(0.95)
+
+
 def test_a_loss_is_told_like_a_win(small: ModuleType, results: Path, tmp_path: Path) -> None:
     """With the names of the two arms exchanged, isolation is what does the damage."""
     found = ISOLATION.findings(
@@ -85,6 +96,15 @@ def test_a_loss_is_told_like_a_win(small: ModuleType, results: Path, tmp_path: P
     told = claim(found, "isolation-latency")
     assert float(told.text.split("x")[0]) > 3 and told.outcome != "holds"
     assert "more than the 1.2x asked for" in found.sentences[0]
+
+
+def test_two_configurations_of_an_arm_and_seed_are_refused(results: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(results, folder)
+    first = load_runs(folder)[0].folder
+    shutil.copytree(first, first.with_name("z"))
+    with pytest.raises(DataError, match=rf"{first.name} and .*z: two configurations of one point"):
+        ISOLATION.findings(experiments_in(folder, ISOLATION))
 
 
 def test_an_arm_that_was_not_run_is_named(small: ModuleType, results: Path, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 
 from sage_bench.config import composed
+from sage_bench.results.manifest import NAME, Manifest, read_manifest
 from sage_bench.run import run
 from sage_bench.studies.findings import Findings
 from sage_bench.studies.study import experiments_in
@@ -56,8 +59,6 @@ def test_a_closed_loop_is_not_and_it_is_said(findings: Findings) -> None:
 
 
 def test_without_a_prediction_there_is_nothing_to_hold_against(results: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(results, tmp_path / "other")
     shutil.rmtree(tmp_path / "other" / "whatif")
     run(composed(["experiment=whatif", *SHORT, "load.duration_s=3", f"results={tmp_path / 'other'}"]), ["policy=fifo"])
@@ -66,11 +67,9 @@ def test_without_a_prediction_there_is_nothing_to_hold_against(results: Path, tm
 
 
 def test_the_record_is_the_one_that_was_asked_for(results: Path, small: ModuleType, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(results, tmp_path / "more")
     asked = ["experiment=whatif_predicted", *SHORT, f"results={tmp_path / 'more'}"]
-    with pytest.raises(DataError, match="seed 9: no complete run; run the sweep that records it first"):
+    with pytest.raises(DataError, match="seed 9: no complete and valid run; run the sweep that records it first"):
         run(composed([*asked, "seed=9"]))
     small.sweep(
         tmp_path / "more",
@@ -80,3 +79,53 @@ def test_the_record_is_the_one_that_was_asked_for(results: Path, small: ModuleTy
     )
     with pytest.raises(DataError, match="seed 1: 2 runs; remove"):
         run(composed([*asked, "seed=1"]))
+
+
+def changed(folder: Path, **fields: object) -> None:
+    manifest: Manifest = msgspec.structs.replace(read_manifest(folder / NAME), **fields)
+    (folder / NAME).write_bytes(msgspec.json.encode(manifest))
+
+
+def test_a_claim_names_the_runs_of_both_experiments(findings: Findings) -> None:
+    assert {each.evidence for each in findings.claims} == {("whatif", "whatif_predicted")}
+
+
+def test_a_seed_without_its_prediction_is_in_no_column(results: Path, findings: Findings, tmp_path: Path) -> None:
+    """Seed 3 was recorded and really run, and never predicted."""
+    shutil.copytree(results, tmp_path / "more")
+    for path in list((tmp_path / "more" / "whatif").glob("*-s2-*")):
+        other = path.with_name(path.name.replace("-s2-", "-s3-"))
+        shutil.copytree(path, other)
+        changed(other, seed=3)
+    more = WHATIF.findings(experiments_in(tmp_path / "more", WHATIF))
+    assert more.tables[0].sheet.rows == findings.tables[0].sheet.rows
+
+
+def test_of_repeated_live_runs_the_first_is_meant_everywhere(results: Path, tmp_path: Path) -> None:
+    """Closed loop as if it had run live, once, and then with each run repeated later: with the requests of the other seed."""
+    once = tmp_path / "once"
+    shutil.copytree(results, once)
+    for path in (once / "whatif").iterdir():
+        if read_manifest(path / NAME).load.name == "ClosedLoop":
+            changed(path, source="emulated")
+    for path in (once / "whatif_predicted").iterdir():
+        manifest = read_manifest(path / NAME)
+        if manifest.config["load"]["load"] == "ClosedLoop":
+            changed(path, config=manifest.config | {"load": manifest.config["load"] | {"source": "emulated"}})
+    shutil.copytree(once, tmp_path / "twice")
+    for path in list((tmp_path / "twice" / "whatif").glob("*-s1-*")):
+        manifest = read_manifest(path / NAME)
+        if manifest.source == "emulated":
+            (second,) = (
+                each
+                for each in path.parent.glob(f"{manifest.policy.name}-s2-*")
+                if read_manifest(each / NAME).source == "emulated"
+            )
+            later = msgspec.structs.replace(manifest.timing, started_at="2999-01-01T00:00:00Z")
+            for name in ("aaa", "zzz"):  # whichever end of the folders is taken
+                shutil.copytree(second, path.parent / f"{name}-{path.name}")
+                changed(path.parent / f"{name}-{path.name}", seed=1, timing=later, digest="0")
+    told = [WHATIF.findings(experiments_in(folder, WHATIF)) for folder in (once, tmp_path / "twice")]
+    assert any(row[0].startswith("closed loop, ") for row in told[0].tables[0].sheet.rows)
+    assert told[0].tables[0].sheet.rows == told[1].tables[0].sheet.rows
+    assert told[0].sentences == told[1].sentences
