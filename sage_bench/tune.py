@@ -23,14 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 import pandas as pd
 
-from sage_bench.config import FolderName, checked, composed
+from sage_bench.config import FolderName, RunConfig, checked, composed
 from sage_bench.metrics.compare import COMPARED
 from sage_bench.metrics.definitions import METRICS
 from sage_bench.metrics.measure import ALL, measure
 from sage_bench.metrics.statistics import Interval, Verdict, holm, paired, verdict
+from sage_bench.results.manifest import file_fact
 from sage_bench.results.reader import Run
 from sage_bench.results.writer import output_error
-from sage_bench.run import planned, run_planned
+from sage_bench.run import config_digest, planned, run_planned
 from sage_bench.sweep.resume import found, held
 from sage_bench.sweep.sources import sources_digest
 from sage_bench.sweep.workers import begin_worker
@@ -69,12 +70,12 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return value in self.choices
         return isinstance(value, int | float) and self.low <= value <= self.high  # type: ignore[operator]
 
-    def distribution(self) -> optuna.distributions.BaseDistribution:
-        """As Optuna has it."""
+    def distribution(self, default: Value) -> optuna.distributions.BaseDistribution:
+        """As Optuna has it. default: of the parameter; whole bounds do not make a parameter whole that is not."""
         of = _optuna().distributions
         if self.choices:
             return of.CategoricalDistribution(self.choices)  # type: ignore[no-any-return]
-        if isinstance(self.low, int) and isinstance(self.high, int):
+        if all(isinstance(each, int) for each in (self.low, self.high, default)):
             return of.IntDistribution(self.low, self.high, log=self.log)  # type: ignore[no-any-return]
         return of.FloatDistribution(self.low, self.high, log=self.log)  # type: ignore[no-any-return]
 
@@ -153,7 +154,7 @@ def read_space(name: str) -> Space:
 
 def tune(task: Task, results: Path, name: str, tell: Callable[[str], None]) -> Tuned:
     """Search, then compare; files go to ``results/name``. What an interrupted search has done is not done again, as long as
-    task and code are the same. tell: of each trial. Raises SageError."""
+    task, configuration, data and code are the same. A second search in the same folder waits for the first. tell: of each trial. Raises SageError."""
     if task.metric not in METRICS or METRICS[task.metric].better is None:
         known = ", ".join(each.name for each in METRICS.values() if each.better)
         raise ConfigError(f"--metric: expected a metric that has a better side ({known}), got {task.metric!r}")
@@ -162,9 +163,12 @@ def tune(task: Task, results: Path, name: str, tell: Callable[[str], None]) -> T
     defaults = _defaults(task.space, config.policy)
     folder = results / msgspec.convert(name, FolderName)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".trials-", dir=folder) as scratch, _pool(task.jobs) as pool:
-            study = _study(task, folder, sources_digest(plain), tell)
+        with (
+            held(folder),
+            tempfile.TemporaryDirectory(prefix=".trials-", dir=folder) as scratch,
+            _pool(task.jobs) as pool,
+        ):
+            study = _study(task, folder, _inputs(config, plain), tell)
             _search(task, study, defaults, [*base, f"results={scratch}"], pool, tell)
             history = _history(study, task)
             history.to_parquet(folder / "trials.parquet", index=False)
@@ -200,9 +204,17 @@ def _defaults(space: Space, policy: Mapping[str, Any]) -> dict[str, Value]:
     return {key: policy[key] for key in space.space}
 
 
-def _study(task: Task, folder: Path, code: str, tell: Callable[[str], None]) -> optuna.Study:
+def _inputs(config: RunConfig, plain: dict[str, Any]) -> tuple[str, ...]:
+    """Digests of what a trial is made of: configuration, code, and the files it reads. Profiles by name are part of the code."""
+    parts = planned(config, plain).parts
+    profiles = [name for name in parts.profiles if Path(name).suffix]
+    files = [*profiles, *getattr(parts.load, "files", list)()]
+    return (config_digest(plain), sources_digest(plain), *(file_fact(Path(file)).sha256 for file in files))
+
+
+def _study(task: Task, folder: Path, inputs: tuple[str, ...], tell: Callable[[str], None]) -> optuna.Study:
     """The search so far. Its name has everything that trials depend on, so none is taken for what it is not."""
-    told = msgspec.json.encode((task.space, task.overrides, task.metric, task.kind, task.seeds, code), order="sorted")
+    told = msgspec.json.encode((task.space, task.overrides, task.metric, task.kind, task.seeds, inputs), order="sorted")
     better = METRICS[task.metric].better
     storage = f"sqlite:///{(folder / STORAGE).absolute()}"
     study: optuna.Study = _optuna().create_study(
@@ -217,7 +229,7 @@ def _study(task: Task, folder: Path, code: str, tell: Callable[[str], None]) -> 
     if done := len(_complete(study)):
         tell(f"{done} trials are there already")
     elif len(_optuna().get_all_study_names(storage)) > 1:
-        tell(f"{folder / STORAGE} has trials of another task, or of other code, which do not count")
+        tell(f"{folder / STORAGE} has trials of another task, configuration, data or code, which do not count")
     return study
 
 
@@ -229,7 +241,7 @@ def _search(
     pool: ProcessPoolExecutor,
     tell: Callable[[str], None],
 ) -> None:
-    distributions = {key: each.distribution() for key, each in task.space.space.items()}
+    distributions = {key: each.distribution(defaults[key]) for key, each in task.space.space.items()}
     started, before = time.monotonic(), len(_complete(study))
     metric = METRICS[task.metric]
     while (done := len(_complete(study))) < task.trials:

@@ -48,6 +48,8 @@ def command(
     studies = [one_of(STUDIES, name) for name in only] if only else list(STUDIES)
     folder = results or RESULTS[size]
     if run:
+        if size is SizeOption.LIVE:
+            _simulated_first(studies, folder, only or (), results)
         commands = [(study, arguments) for study in studies for arguments in study.commands(size.value)]
         for i, (study, arguments) in enumerate(commands):
             console.print(f"[{i + 1}/{len(commands)}] {study.name}: sage run {' '.join(arguments)}", markup=False)
@@ -58,8 +60,39 @@ def command(
 
 def _run(arguments: list[str]) -> None:
     """In a process of its own: the same command that a reader would give. Raises ConfigError where it fails."""
-    code = subprocess.run([sys.executable, "-m", "sage_bench", "run", *arguments], check=False).returncode
+    code = ended([sys.executable, "-m", "sage_bench", "run", *arguments])
     if code == 130:
         raise KeyboardInterrupt
     if code:
         raise ConfigError(f"sage run {' '.join(arguments)} ended with exit code {code}; what it said stands above")
+
+
+def ended(words: Sequence[str]) -> int:
+    """Exit code of a command. Ctrl-C reaches it as it reaches us: it is left to end in order, then KeyboardInterrupt is raised."""
+    interrupted = False
+    with subprocess.Popen(words) as process:
+        while process.poll() is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    return process.returncode
+
+
+def _simulated_first(studies: Sequence[Study], folder: Path, only: Sequence[str], results: Path | None) -> None:
+    """ConfigError where a study lacks the simulated runs that its report needs: it is known before live runs take their hours."""
+    missing = {study.name: name for study in studies for name in study.experiments if not _is_simulated(folder, name)}
+    if missing:
+        study, experiment = next(iter(missing.items()))
+        options = [f"--only {name}" for name in missing] if only else []
+        options += [f"--results {results}"] if results else []
+        raise ConfigError(
+            f"--size live: {folder} has no simulated runs of {', '.join(missing)} (such as experiment {experiment}), which live "
+            f"runs stand beside; run `{' '.join(['sage paper', *options])}` first"
+        )
+
+
+def _is_simulated(folder: Path, experiment: str) -> bool:
+    """Whether a run counts that is not the simulated twin of a live one."""

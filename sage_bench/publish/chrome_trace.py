@@ -40,6 +40,9 @@ REPLICA: Final = 10
 _US: Final = 1000
 """Nanoseconds of a microsecond, the unit of the format."""
 
+_LAST_S: Final = 9e9
+"""About what 64 bits of nanoseconds hold, in seconds."""
+
 Event = dict[str, Any]
 
 
@@ -57,11 +60,15 @@ class Exported:
 def export(run: Run, out: Path, *, requests: int, start_s: float = 0.0, stop_s: float | None = None) -> Exported:
     """Write ``out`` (compressed if it ends in ``.gz``): what began in the stretch, of at most ``requests`` requests.
 
-    Where more are scheduled in it, the stretch ends before the first that is too many. Raises :class:`DataError`,
+    Where more are scheduled in it, the stretch ends before the first that is too many; where they are all scheduled at one
+    instant, it ends at the next, and the requests beyond ``requests`` are left out. Raises :class:`DataError`,
     :class:`ConfigError` for a stretch with nothing in it, and :class:`OutputError`.
     """
     if requests < 1:
         raise ConfigError(f"--requests: expected 1 or more, got {requests}")
+    for name, value in (("--from", start_s), ("--to", stop_s)):
+        if value is not None and not abs(value) <= _LAST_S:
+            raise ConfigError(f"{name}: expected seconds of the run, up to {_LAST_S:g}, got {value:g}")
     if stop_s is not None and stop_s <= start_s:
         raise ConfigError(f"--to: expected more than --from, {start_s:g}, got {stop_s:g}")
     rows = run.frame("requests").sort_values(["scheduled_ns", "request"], kind="stable")
@@ -69,8 +76,12 @@ def export(run: Run, out: Path, *, requests: int, start_s: float = 0.0, stop_s: 
     stop = math.inf if stop_s is None else round(stop_s * SECOND)
     kept = rows[rows["scheduled_ns"].between(start, stop, inclusive="left")]
     if len(kept) > requests:
-        stop = int(kept["scheduled_ns"].iloc[requests])
-        kept = kept[kept["scheduled_ns"] < stop]
+        cut = int(kept["scheduled_ns"].iloc[requests])
+        if kept["scheduled_ns"].iloc[0] < cut:
+            kept, stop = kept[kept["scheduled_ns"] < cut], cut
+        else:
+            stop = kept["scheduled_ns"][kept["scheduled_ns"] > cut].min() if kept["scheduled_ns"].iloc[-1] > cut else stop
+            kept = kept.iloc[:requests]
     if kept.empty:
         last = rows["scheduled_ns"].max() / SECOND if len(rows) else 0.0
         raise ConfigError(
