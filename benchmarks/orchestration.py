@@ -19,6 +19,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -118,20 +119,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     figures: dict[str, Any] = {
-        "policy": options.policy, "cores": os.cpu_count(), "repetitions": options.repetitions, "seconds": options.seconds,
+        "policy": options.policy, "cores": os.cpu_count(), "repetitions": 0, "seconds": options.seconds,
         "slo_s": SLO_S, "load_average": os.getloadavg()[0],
     }  # fmt: skip
     before = cpu_seconds()
     console = Console(highlight=False, width=120)
     with tempfile.TemporaryDirectory(prefix="sage-bench-orchestration-") as name:
-        runs = uvloop.run(measured(options, Path(name), console))
+
+        def keep(repetitions: int, runs: Runs) -> None:
+            figures["repetitions"] = repetitions
+            write(options.out, figures, runs)
+
+        runs = uvloop.run(measured(options, Path(name), console, keep))
+    # Only now: the CPU time of our processes is known when they have ended.
     figures |= {"load_average_end": os.getloadavg()[0], "others_share": others_share(before)}
-    figures["loads"] = {load: judged(runs[load]) for load in options.loads}
-    adjust(figures["loads"])
+    write(options.out, figures, runs)
     for load in options.loads:
         console.print(table_of(load, figures["loads"][load]))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console.print(
         f"written to {options.out}; load average {figures['load_average']:.2f} before; other programs had "
         f"{figures['others_share']:.0%} of the cores (above 10 %: measure again)"
@@ -358,24 +362,32 @@ class Outcome:
     asked: int = 0  # the warm-up included, as its CPU is
 
     def figures(self) -> dict[str, float]:
-        answered = [each for each in self.latencies_s if each == each]
-        p50, p95, p99 = (float(np.percentile(answered, q)) for q in (50, 95, 99))
+        """NaN for what the run has no answers, or no questions, to tell from."""
+        asked, answered = len(self.latencies_s), [each for each in self.latencies_s if each == each]
+        documents = [each for each in self.documents_s if each == each]
+        p50, p95, p99 = (percentile(answered, q) for q in (50, 95, 99))
         return {
-            "questions": float(len(self.latencies_s)),
-            "failures": float(len(self.latencies_s) - len(answered)),
-            "mean_s": statistics.fmean(answered), "p50_s": p50, "p95_s": p95, "p99_s": p99,
-            "slo_attainment": sum(each <= SLO_S for each in answered) / len(self.latencies_s),
+            "questions": float(asked),
+            "failures": float(asked - len(answered)),
+            "mean_s": statistics.fmean(answered) if answered else math.nan, "p50_s": p50, "p95_s": p95, "p99_s": p99,
+            "slo_attainment": sum(each <= SLO_S for each in answered) / asked if asked else math.nan,
             "answered_rps": len(answered) / self.span_s,
-            "cpu_ms": 1e3 * self.cpu_s / self.asked,
-            **({"documents_p95_s": float(np.nanpercentile(self.documents_s, 95))} if self.documents_s else {}),
+            "cpu_ms": 1e3 * self.cpu_s / self.asked if self.asked else math.nan,
+            **({"documents_p95_s": percentile(documents, 95)} if self.documents_s else {}),
         }  # fmt: skip
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    return float(np.percentile(values, q)) if values else math.nan
 
 
 Runs = dict[str, dict[str, list[dict[str, float]]]]
 
 
-async def measured(options: argparse.Namespace, folder: Path, console: Console) -> Runs:
-    """Load to form to figures, one of each repetition."""
+async def measured(
+    options: argparse.Namespace, folder: Path, console: Console, keep: Callable[[int, Runs], None]
+) -> Runs:
+    """Load to form to figures, one of each repetition. keep: told their number and all that is known after each."""
     found: Runs = {load: {form: [] for form in FORMS} for load in options.loads}
     async with forms(folder, options.policy) as built:
         for form in built.values():  # connections, imports and caches are there before anything counts
@@ -387,6 +399,7 @@ async def measured(options: argparse.Namespace, folder: Path, console: Console) 
                     outcome = await one(built[name], LOADS[load], options.seconds, seed=repetition)
                     found[load][name].append(outcome.figures())
                     console.print(f"{repetition} {load} {name}: {brief(found[load][name][-1])}", style="dim")
+            keep(repetition, found)
     return found
 
 
@@ -467,7 +480,7 @@ def judged(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
     """Means of the repetitions with their intervals; and what the declared form differs by, repetition by repetition."""
     found: dict[str, Any] = {}
     for name, of in runs.items():
-        intervals = {metric: t_interval([run[metric] for run in of]) for metric in of[0]}
+        intervals = {metric: t_interval([run.get(metric, math.nan) for run in of]) for metric in of[0]}
         found[name] = {
             metric: {"mean": each.mean, "low": each.low, "high": each.high} for metric, each in intervals.items()
         }
@@ -477,6 +490,14 @@ def judged(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
             difference, p = paired(*([run[metric] for run in runs[form]] for form in (other, "declared")))
             rows[metric] = {"mean": difference.mean, "low": difference.low, "high": difference.high, "p": p}
     return found
+
+
+def write(out: Path, figures: dict[str, Any], runs: Runs) -> None:
+    """Judge what has been measured so far, and write it."""
+    figures["loads"] = {load: judged(of) for load, of in runs.items()}
+    adjust(figures["loads"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def adjust(loads: dict[str, Any]) -> None:

@@ -207,7 +207,7 @@ def _defaults(space: Space, policy: Mapping[str, Any]) -> dict[str, Value]:
 def _inputs(config: RunConfig, plain: dict[str, Any]) -> tuple[str, ...]:
     """Digests of what a trial is made of: configuration, code, and the files it reads. Profiles by name are part of the code."""
     parts = planned(config, plain).parts
-    profiles = [name for name in parts.profiles if Path(name).suffix]
+    profiles = [name for name in parts.profiles if name.endswith((".yaml", ".yml"))]
     files = [*profiles, *getattr(parts.load, "files", list)()]
     return (config_digest(plain), sources_digest(plain), *(file_fact(Path(file)).sha256 for file in files))
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 
 from sage_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sage_bench.studies.study import Study
 
 
 class SizeOption(StrEnum):
@@ -85,14 +89,21 @@ def _simulated_first(studies: Sequence[Study], folder: Path, only: Sequence[str]
     """ConfigError where a study lacks the simulated runs that its report needs: it is known before live runs take their hours."""
     missing = {study.name: name for study in studies for name in study.experiments if not _is_simulated(folder, name)}
     if missing:
-        study, experiment = next(iter(missing.items()))
         options = [f"--only {name}" for name in missing] if only else []
         options += [f"--results {results}"] if results else []
         raise ConfigError(
-            f"--size live: {folder} has no simulated runs of {', '.join(missing)} (such as experiment {experiment}), which live "
+            f"--size live: {folder} has no simulated runs of {', '.join(missing)} (such as experiment {next(iter(missing.values()))}), which live "
             f"runs stand beside; run `{' '.join(['sage paper', *options])}` first"
         )
 
 
 def _is_simulated(folder: Path, experiment: str) -> bool:
-    """Whether a run counts that is not the simulated twin of a live one."""
+    """Whether there is a run that counts and is not the simulated twin of a live one."""
+    from sage_bench.results.manifest import NAME, read_manifest
+    from sage_bench.studies.study import folder_of
+    from sage_bench.studies.twins import TWIN
+
+    found = (read_manifest(path) for path in (folder / folder_of(experiment)).rglob(NAME))
+    return any(
+        m.source == "simulation" and m.status == "complete" and not m.invalid and TWIN not in m.overrides for m in found
+    )

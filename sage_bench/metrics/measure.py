@@ -8,16 +8,15 @@ that rejects; read them beside SLO attainment, whose denominator is everything o
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed
 
 from sage_bench.metrics.definitions import LATENCIES
 from sage_bench.metrics.devices import device_metrics
@@ -79,10 +78,8 @@ def measure_all(runs: Iterable[Run]) -> None:
     cores = len(os.sched_getaffinity(0))
     if len(left) < PARALLEL_MIN or cores < 2:
         return
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        folders = [run.folder for run in left]
-        for run, frame in zip(left, pool.map(_measure_folder, folders, chunksize=8), strict=True):
-            _measured[run] = frame
+    frames = Parallel(cores)(delayed(_measure_folder)(run.folder) for run in left)
+    _measured.update(zip(left, frames, strict=True))
 
 
 def _measure_folder(folder: Path) -> pd.DataFrame:

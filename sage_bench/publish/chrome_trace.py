@@ -76,12 +76,12 @@ def export(run: Run, out: Path, *, requests: int, start_s: float = 0.0, stop_s: 
     stop = math.inf if stop_s is None else round(stop_s * SECOND)
     kept = rows[rows["scheduled_ns"].between(start, stop, inclusive="left")]
     if len(kept) > requests:
-        cut = int(kept["scheduled_ns"].iloc[requests])
-        if kept["scheduled_ns"].iloc[0] < cut:
-            kept, stop = kept[kept["scheduled_ns"] < cut], cut
+        at = kept["scheduled_ns"]
+        cut = int(at.iloc[requests])
+        if at.iloc[0] < cut:
+            kept, stop = kept[at < cut], cut
         else:
-            stop = kept["scheduled_ns"][kept["scheduled_ns"] > cut].min() if kept["scheduled_ns"].iloc[-1] > cut else stop
-            kept = kept.iloc[:requests]
+            kept, stop = kept.iloc[:requests], min([stop, *at[at > cut].iloc[:1].tolist()])
     if kept.empty:
         last = rows["scheduled_ns"].max() / SECOND if len(rows) else 0.0
         raise ConfigError(

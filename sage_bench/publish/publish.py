@@ -40,12 +40,13 @@ def publish(studies: Sequence[Study], results: Path, console: Console, *, system
     system: begin with the chapter on the system itself, which needs no runs and takes seconds to draw. Raises
     :class:`DataError` (also for a number that the runs do not give) and :class:`OutputError`.
     """
+    experiments = [experiments_in(results, study) for study in studies]
+    with console.status("measuring the runs"):
+        measure_all(run for each in experiments for run in each.runs)
     chapters = []
-    for study in studies:
+    for study, of in zip(studies, experiments, strict=True):
         with console.status(f"reading {study.name}"):
-            experiments = experiments_in(results, study)
-            measure_all(experiments.runs)
-            chapters.append(chapter_of(study, experiments))
+            chapters.append(chapter_of(study, of))
     for chapter in chapters:
         refuse_unequal_hosts(chapter.conditions)
     with console.status("writing the report"):

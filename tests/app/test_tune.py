@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
+from sage_bench.config import checked, composed
 from sage_bench.results.reader import load_runs
-from sage_bench.tune import SEED_TESTED, Range, Space, Task, Tuned, read_space, tune
+from sage_bench.tune import SEED_TESTED, Range, Space, Task, Tuned, _inputs, read_space, tune
 from sage_core.errors import ConfigError
+from sage_sim.profile import PROFILES
 
 Sage = Callable[..., Any]
 
-pytest.importorskip("optuna", reason="pip install optuna")
+optuna = pytest.importorskip("optuna", reason="pip install optuna")
 
 # Engines that may hold next to nothing are a default that any search improves on.
 BAD = ("policy.limit_factor=0.01", "load.rate=40", "load.duration_s=3", "cluster=shared")
@@ -53,6 +58,66 @@ def test_a_search(tmp_path: Path) -> None:
     assert len(runs) == 6 and not list((tmp_path / "b" / "t").glob(".trials*"))
 
 
+SMALL = ("load.rate=20", "load.duration_s=2", "cluster=shared")
+OTHER = "has trials of another task, configuration, data or code, which do not count"
+
+
+def default_alone(folder: Path, told: list[str], *overrides: str) -> Tuned:
+    """A search of one trial: the defaults'."""
+    space = Space("hybrid", {"late_margin": Range(0, 1)})  # whole bounds of what is not whole
+    return tune(Task(space, (*SMALL, *overrides), "e2e_ns_p95", "all", 1, seeds=1), folder, "t", told.append)
+
+
+def test_trials_count_for_the_files_that_they_read(tmp_path: Path) -> None:
+    profile, told = tmp_path / "p.yaml", list[str]()
+    text = (PROFILES / "llama-3.1-8b-h100-tp1.yaml").read_text()
+    profile.write_text(text)
+    override = f"cluster.devices.0.llm.profile={profile}"
+    first = default_alone(tmp_path, told, override)
+    assert first.best == {"late_margin": 0.2} and first.default and len(first.history) == 1
+    default_alone(tmp_path, told, override)
+    assert told[1:] == ["1 trials are there already"]
+    (line,) = [line for line in text.splitlines() if "per_pair_ns" in line]
+    profile.write_text(text.replace(line, line.partition(":")[0] + ": 5000.0"))
+    told.clear()
+    slower = default_alone(tmp_path, told, override)
+    assert OTHER in told[0] and told[1].startswith("trial 1 of 1")
+    assert slower.values[0] > 1.5 * first.values[0]
+
+
+def test_what_trials_are_made_of(tmp_path: Path, trace: Path) -> None:
+    copy = tmp_path / "trace.parquet"
+    copy.write_bytes(trace.read_bytes())
+
+    def inputs(*overrides: str) -> tuple[str, ...]:
+        return _inputs(*checked(composed(["load=trace", f"load.path={copy}", *overrides])))
+
+    before = inputs()
+    assert before == inputs() == inputs(f"results={tmp_path}") != inputs("policy=fifo")
+    rows = pq.read_table(copy)
+    pq.write_table(rows.slice(1), copy)
+    assert inputs() != before
+
+
+def test_the_kind_of_number_is_the_parameters() -> None:
+    distributions = optuna.distributions
+    assert isinstance(Range(0, 4).distribution(0.2), distributions.FloatDistribution)
+    assert isinstance(Range(0, 4).distribution(2), distributions.IntDistribution)
+    assert isinstance(Range(0.0, 4).distribution(2), distributions.FloatDistribution)
+
+
+def test_two_searches_in_one_folder_take_turns(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("policy: fifo\nspace:\n  limit_factor: {choices: [0.1, 1.0]}\n")
+    options = ("--trials", "1", "--seeds", "1", "--jobs", "1", "--results", str(tmp_path))
+    words = [sys.executable, "-m", "sage_bench", "tune", str(file), *SMALL, "policy.limit_factor=0.1", *options]
+    both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(text.count("trial ") for text in said) == [0, 1], said
+    assert sum("1 trials are there already" in text for text in said) == 1
+
+
 def test_the_command(sage: Sage, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("policy: fifo\nspace:\n  limit_factor: {choices: [0.01, 1.0]}\n")
@@ -70,7 +135,6 @@ def test_what_is_shipped_holds_the_defaults(name: str, tmp_path: Path) -> None:
     space = read_space(name)
     with pytest.raises(ConfigError, match="--metric: expected a metric that has a better side"):
         tune(Task(space, (), "offered"), tmp_path, "t", print)
-    from sage_bench.config import composed
     from sage_bench.tune import _defaults
 
     assert _defaults(space, composed([f"policy={space.policy}"]).policy).keys() == space.space.keys()

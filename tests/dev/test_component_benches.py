@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import sys
+from collections.abc import AsyncIterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,45 @@ def test_differences_are_of_the_declared_form_repetition_by_repetition() -> None
     assert gained["slo_attainment"]["verdict"] == "worse", "less of it is worse"
     assert loads["busy"]["declared - microservices"]["p95_s"]["verdict"] == "no significant difference"
     orchestration.table_of("busy", loads["busy"])
+
+
+def test_a_run_without_answers_is_told_and_loses_no_other(tmp_path: Path) -> None:
+    orchestration = bench("orchestration")
+    answered = orchestration.Outcome([0.1, 0.3], [0.2], cpu_s=1.0, span_s=2.0, asked=2).figures()
+    silent = orchestration.Outcome([float("nan")] * 2, [float("nan")], cpu_s=1.0, span_s=2.0, asked=2).figures()
+    assert answered.keys() == silent.keys()
+    assert (silent["questions"], silent["failures"], silent["slo_attainment"], silent["answered_rps"]) == (2, 2, 0, 0)
+    assert np.isnan([silent[name] for name in ("mean_s", "p50_s", "p99_s", "documents_p95_s")]).all()
+    assert np.isnan(orchestration.Outcome(span_s=2.0).figures()["slo_attainment"]), "nothing was asked"
+
+    runs = {"busy": {form: [answered, answered] for form in orchestration.FORMS} | {"script": [answered, silent]}}
+    figures: dict[str, Any] = {}
+    orchestration.write(tmp_path / "new" / "o.json", figures, runs)
+    script = json.loads((tmp_path / "new" / "o.json").read_text())["loads"]["busy"]["script"]
+    assert script["mean_s"]["mean"] == pytest.approx(0.2) and script["failures"]["mean"] == 1.0
+    orchestration.table_of("busy", figures["loads"]["busy"])
+
+
+def test_what_was_measured_is_written_after_each_repetition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orchestration = bench("orchestration")
+    out = tmp_path / "o.json"
+
+    @contextlib.asynccontextmanager
+    async def forms(folder: Path, policy: str) -> AsyncIterator[dict[str, str]]:
+        yield dict.fromkeys(orchestration.FORMS, "")
+
+    async def one(form: str, load: Any, seconds: float, seed: int) -> Any:
+        if seed == 3:
+            raise TimeoutError
+        return orchestration.Outcome([0.1 * seed], cpu_s=1.0, span_s=1.0, asked=1)
+
+    monkeypatch.setattr(orchestration, "forms", forms)
+    monkeypatch.setattr(orchestration, "one", one)
+    monkeypatch.setattr(sys, "argv", ["orchestration", "--loads", "busy", "--repetitions", "4", "--out", str(out)])
+    with pytest.raises(TimeoutError):
+        orchestration.main()
+    kept = json.loads(out.read_text())
+    assert kept["repetitions"] == 2 and kept["loads"]["busy"]["declared"]["mean_s"]["mean"] == pytest.approx(0.15)
 
 
 def bench(name: str) -> Any:

@@ -118,6 +118,20 @@ def test_a_stretch_is_bounded(recorded: Run, tmp_path: Path) -> None:
     assert all(10**6 <= event["ts"] <= written.stop_ns // 1000 for event in slices(document, "task"))
 
 
+def test_requests_of_one_instant_can_be_cut(tmp_path: Path) -> None:
+    herds = ["load=adversarial_herd", "load.rate=64", "load.duration_s=5", f"results={tmp_path}"]
+    herd = Run(run(composed(herds)).folder)
+    instants = herd.frame("requests")["scheduled_ns"]
+    assert (instants == instants.min()).sum() == 64
+    written = export(herd, tmp_path / "t.json", requests=10)
+    document = json.loads((tmp_path / "t.json").read_text())
+    check_format(document)
+    assert written.requests == len(slices(document, "request")) == 10
+    assert written.stop_ns == instants[instants > instants.min()].min() and slices(document, "task")
+    last = export(herd, tmp_path / "t.json", requests=10, start_s=instants.max() / SECOND)
+    assert last.requests == 10 and last.stop_ns > herd.manifest.duration_ns
+
+
 def test_equal_runs_give_equal_bytes_compressed_too(recorded: Run, tmp_path: Path) -> None:
     for name in ("a.json.gz", "b.json.gz", "c.json"):
         export(recorded, tmp_path / name, requests=50)
@@ -133,6 +147,10 @@ def test_the_command_and_its_mistakes(recorded: Run, tmp_path: Path) -> None:
         (["--from", "1e6"], "no request of .* begins there"),
         (["--from", "2", "--to", "1"], "--to: expected more"),
         (["--requests", "0"], "--requests: expected 1"),
+        (["--from", "inf"], "--from: expected seconds of the run, up to 9e.09, got inf"),
+        (["--from", "nan"], "--from: expected seconds of the run, .* got nan"),
+        (["--from", "1e300"], "--from: expected seconds of the run, .* got 1e.300"),
+        (["--to", "nan"], "--to: expected seconds of the run, .* got nan"),
     ):
         failed = CliRunner().invoke(app, [str(recorded.folder), "--out", str(out), *arguments])
         assert isinstance(failed.exception, ConfigError)
