@@ -204,20 +204,19 @@ def real(of: dict[str, Any]) -> list[str]:
             if isinstance(value, dict):
                 load, _, latency = key.rpartition("_")
                 loads.setdefault(load, {})[latency] = value
-        rows = [
-            f"| {load} | {of_load['e2e']['requests']} | "
-            + " | ".join(
-                f"{each['mean_pct']:+.1f} ({each['noise_pct']:.1f}; {each['drift_pct']:.1f})"
-                for each in (of_load[name] for name in ("ttft", "tpot", "e2e"))
-            )
-            + " |"
-            for load, of_load in loads.items()
-        ]
+        rows = []
+        for load, latencies in loads.items():
+            cells = []
+            for each in (latencies[name] for name in ("ttft", "tpot", "e2e")):
+                beside = [each["noise_pct"], *([each["drift_pct"]] if "drift_pct" in each else [])]
+                cells.append(f"{each['mean_pct']:+.1f} ({'; '.join(f'{value:.1f}' for value in beside)})")
+            rows.append(f"| {load} | {latencies['e2e']['requests']} | {' | '.join(cells)} |")
+        times = "once" if "calibrations" not in found else f"{found['calibrations']} times between the loads"
         parts.append(
-            f"{found['engine']}, calibrated {found['calibrations']} times between the loads with {found['calibration_requests']} "
-            f"requests (`make bench-real`, load average {found['load_average_before']:.1f}): error of the simulated mean in %, in "
-            "brackets how far the live runs of that load were apart, and the predictions from before and after each. Where "
-            "either is larger than the error, the error says nothing.\n\n"
+            f"{found['engine']}, calibrated {times} with {found['calibration_requests']} requests (`make bench-real`, load "
+            f"average {found['load_average_before']:.1f}): error of the simulated mean in %; in brackets how far the live runs of that "
+            "load were apart, then how far the predictions from before and after each. Where either is larger than the "
+            "error, or the requests are few, the error says nothing.\n\n"
             "| load | requests | TTFT | TPOT | E2E |\n|---|---|---|---|---|\n" + "\n".join(rows)
         )
     return ["\n\n".join(parts)]
