@@ -38,7 +38,7 @@ from sage_bench.gateway_process import JOB, SERVED, Job, Told
 from sage_bench.host_samples import sampling, write_host
 from sage_bench.live_manifest import Started, write_live_manifest
 from sage_bench.results.manifest import Status
-from sage_bench.run import prepare, run_id
+from sage_bench.run import prepare, run_id, traces_of
 from sage_bench.serving import Served
 from sage_core.errors import ConfigError, EngineError, SageError
 from sage_core.events import ReplicaJoined
@@ -135,6 +135,7 @@ def run_live(
         round_trips=seen.round_trips,
         rate=getattr(parts.load, "rate", None),
         overrides=overrides,
+        traces=traces_of(parts.load),
         profiles=parts.profiles,
         price_per_h=price_per_h(config, parts.profiles),
         generator=verdict.as_dict(),

@@ -26,6 +26,7 @@ from sage_bench.results.manifest import (
     Timing,
     write_manifest,
 )
+from sage_bench.run import profile_path
 from sage_bench.serving import Served
 from sage_core.ops import native_build
 from sage_core.units import seconds
@@ -64,6 +65,7 @@ def write_live_manifest(
     round_trips: Mapping[str, int] | None = None,
     rate: float | None = None,
     overrides: Sequence[str] = (),
+    traces: Sequence[Path] = (),
     profiles: Mapping[str, Profile] | None = None,
     price_per_h: float | None = None,
     generator: Mapping[str, Any] | None = None,
@@ -71,7 +73,7 @@ def write_live_manifest(
     host: HostFact | None = None,
 ) -> Manifest:
     """What a simulated run's says, from a gateway's life; "failed" whatever ``status`` says if its control plane broke.
-    versions, round_trips (ns): of the engines, by URL. generator: what the load generator measured of itself. host: what was
+    versions, round_trips (ns): of the engines, by URL. profiles: of emulated engines. generator: what the load generator measured of itself. host: what was
     sampled of the machine. OutputError."""
     return write_manifest(
         folder,
@@ -100,6 +102,8 @@ def write_live_manifest(
         ),
         native_build=native_build() if config.mechanism == "native" else "reference",
         warmup_ns=seconds(config.warmup_s),
+        traces=traces,
+        profiles={name: profile_path(name) for name in profiles or ()},
         replicas=tuple(ReplicaFact(**row) for row in served.replicas),
         devices=() if profiles is None else device_facts(config, profiles),
         price_per_h=price_per_h,

@@ -131,8 +131,8 @@ def run_planned(plan: Planned, overrides: Sequence[str] = (), tick: Tick | None 
                 native_build=native_build() if config.mechanism == "native" else "reference",
                 warmup_ns=seconds(config.warmup_s),
                 cooldown_at_ns=None if cooldown_at == NEVER else cooldown_at,
-                trace=_trace(parts),
-                profiles={name: _profile_path(name) for name in parts.profiles},
+                traces=traces_of(parts.load),
+                profiles={name: profile_path(name) for name in parts.profiles},
                 replicas=tuple(
                     ReplicaFact(**row, usage=usage_fact(usage.get(row["replica"]))) for row in rows.replicas()
                 ),
@@ -274,10 +274,12 @@ def _why_failed(folder: Path, parts: Parts) -> list[str]:
     return told + [f"no device serves pool {pool!r} (cluster.devices)" for pool in sorted(needed - served)]
 
 
-def _trace(parts: Parts) -> Path | None:
-    files: list[str] = getattr(parts.load, "files", list)()
-    return Path(files[0]) if files else None
+def traces_of(load: object) -> list[Path]:
+    """Files that a load reads; none where it draws all of it."""
+    files: list[str] = getattr(load, "files", list)()
+    return [Path(file) for file in files]
 
 
-def _profile_path(name: str) -> Path:
+def profile_path(name: str) -> Path:
+    """The file of a profile that is named, or is a path itself."""
     return Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"

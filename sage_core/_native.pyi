@@ -129,6 +129,7 @@ class HybridLimit(Limit):
         prefill_depth: float,
         kv_fill: float,
         embedding_batches: bool,
+        batch_ns: int,
         window_ns: int,
         margin_ns: int,
         starvation_ns: int,

@@ -290,11 +290,14 @@ class Partition : public sage::Limit {
   std::vector<std::int64_t> llm_devices_, embedding_devices_;
 };
 
+constexpr double kFixedTimes = 10.0;               // FIXED_TIMES of sage_policies.hybrid
+constexpr double kTokensMax = 9007199254740992.0;  // 2^53: more than any batch has
+
 struct HybridLimitConfig {
   bool in_flight_limits;
   double reserve, prefill_depth, kv_fill;
   bool embedding_batches;
-  std::int64_t window_ns, margin_ns, starvation_ns;
+  std::int64_t batch_ns, window_ns, margin_ns, starvation_ns;
   std::int64_t tpot_ns;  // 0: no limit by it
 };
 
@@ -320,7 +323,8 @@ class HybridLimit : public sage::Limit {
       for (std::size_t r = 0; r < s.size(); ++r) {
         const std::int64_t batches = s.in_flight[r] > 0 ? 2 : 1;
         const std::int64_t tasks = batches * s.tasks_max[r];
-        const std::int64_t tokens = s.batch_tokens_max[r] > 0 ? batches * s.batch_tokens_max[r] : kNever;
+        const std::int64_t full = batch_tokens(s, r);
+        const std::int64_t tokens = full < kNever ? batches * std::min(full, kNever / 2) : kNever;
         set(out, r, tasks, tasks, tokens, kNever, opens_at(now, pool, r, earliest_due_at));
       }
     } else {
@@ -340,9 +344,18 @@ class HybridLimit : public sage::Limit {
     return static_cast<std::int64_t>(std::min(std::max(tasks, 1.0), real(s.tasks_max[r])));
   }
 
+  // Tokens of a full batch of embeddings, at least 1; kNever where neither the engine's size nor its speed is known.
+  std::int64_t batch_tokens(const ReplicaTable& s, std::size_t r) const {
+    const std::int64_t of_engine = s.batch_tokens_max[r] > 0 ? s.batch_tokens_max[r] : kNever;
+    if (s.input_token_ns[r] <= 0.0) return of_engine;
+    const double batch_ns = std::max(real(c_.batch_ns), kFixedTimes * s.fixed_ns[r]);
+    const double in_time = std::max(batch_ns / s.input_token_ns[r], 1.0);
+    return in_time < kTokensMax ? std::min(of_engine, static_cast<std::int64_t>(in_time)) : of_engine;
+  }
+
   std::int64_t opens_at(std::int64_t now, const Pool& pool, std::size_t r, std::int64_t earliest_due_at) const {
     const ReplicaTable& s = pool.serving;
-    const std::int64_t tokens_max = s.batch_tokens_max[r] > 0 ? s.batch_tokens_max[r] : kNever;
+    const std::int64_t tokens_max = batch_tokens(s, r);
     if (s.in_flight[r] == 0) return 0;
     if (static_cast<std::int64_t>(pool.tasks.size()) >= s.tasks_max[r] || pool.input_tokens_queued >= tokens_max)
       return 0;
@@ -437,15 +450,15 @@ void register_policies(py::module_& m) {
            py::arg("inner"), py::arg("llm_devices"), py::arg("embedding_devices"));
   PartClass<HybridLimit, sage::Limit>(m, "HybridLimit", "Twin of sage_policies.hybrid.HybridLimit.")
       .def(py::init([](bool in_flight_limits, double reserve, double prefill_depth, double kv_fill,
-                       bool embedding_batches, std::int64_t window_ns, std::int64_t margin_ns,
+                       bool embedding_batches, std::int64_t batch_ns, std::int64_t window_ns, std::int64_t margin_ns,
                        std::int64_t starvation_ns, std::int64_t tpot_ns) {
              return std::make_shared<HybridLimit>(HybridLimitConfig{in_flight_limits, reserve, prefill_depth, kv_fill,
-                                                                    embedding_batches, window_ns, margin_ns,
+                                                                    embedding_batches, batch_ns, window_ns, margin_ns,
                                                                     starvation_ns, tpot_ns});
            }),
            py::kw_only(), py::arg("in_flight_limits"), py::arg("reserve"), py::arg("prefill_depth"), py::arg("kv_fill"),
-           py::arg("embedding_batches"), py::arg("window_ns"), py::arg("margin_ns"), py::arg("starvation_ns"),
-           py::arg("tpot_ns") = 0);
+           py::arg("embedding_batches"), py::arg("batch_ns"), py::arg("window_ns"), py::arg("margin_ns"),
+           py::arg("starvation_ns"), py::arg("tpot_ns") = 0);
 
   m.def("order_scores", &order_scores, py::arg("order"), py::arg("now"), py::arg("mechanism"), py::arg("pool"),
         "(tasks, scores) of the whole queue of a pool, in no particular order.");

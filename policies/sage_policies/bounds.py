@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from sage_core.errors import ConfigError
 
 
 def require(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """``low <= value <= high``, or a :class:`ConfigError` that names the parameter. NaN and non-numbers are refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    """``low <= value <= high`` and finite, or a :class:`ConfigError` that names the parameter; NaN and non-numbers too."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
         wanted = f"a number from {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
         raise ConfigError(f"policy.{name}: expected {wanted}, got {value!r}")

@@ -32,6 +32,13 @@ SPAN_NS_MAX: Final = 2**48
 """Estimates of work and the laxity given to a class are clipped to this (3 days), for the same reason."""
 
 
+FIXED_TIMES: Final = 10.0
+"""A batch of embeddings works at least this many times as long as it costs to begin one."""
+
+TOKENS_MAX: Final = 2.0**53
+"""More than any batch has."""
+
+
 @dataclass(frozen=True, slots=True)
 class HybridOrder:
     """Class-aware least laxity that prefers short work.
@@ -146,8 +153,9 @@ class HybridLimit:
     has waited longer than ``starvation_ns`` (or promoting it would be in vain: every slot that urgent work leaves is the
     reserve's); at most ``prefill_depth`` token budgets of prompts (and what is left of the last one) are in the engine;
     and predicted KV use stays below ``kv_fill``.
-    Embedding pools (``embedding_batches``): an idle engine takes a batch at once; a busy one takes one more behind it
-    when that batch is full, when its oldest task has waited ``window_ns``, or when the earliest due time that can
+    Embedding pools (``embedding_batches``): a batch is full at the engine's own size, or at as many tokens as it works through in
+    ``batch_ns`` (in ``FIXED_TIMES`` its fixed time where that is longer: below that, batches cost throughput). An idle engine
+    takes a batch at once; a busy one takes one more behind it when that batch is full, when its oldest task has waited ``window_ns``, or when the earliest due time that can
     still be met is ``margin_ns`` away from being too late. Off, and for operators: the engine's own concurrency.
     """
 
@@ -158,6 +166,7 @@ class HybridLimit:
     prefill_depth: float = 2.0
     kv_fill: float = 0.95
     embedding_batches: bool = True
+    batch_ns: int = 20 * MILLISECOND
     window_ns: int = 5 * MILLISECOND
     margin_ns: int = 2 * MILLISECOND
     starvation_ns: int = 30 * SECOND
@@ -168,6 +177,7 @@ class HybridLimit:
         require("reserve", self.reserve, 0.0, 1.0)
         require("prefill_depth", self.prefill_depth, 0.0, 1e6)
         require("kv_fill", self.kv_fill, 0.0, 1e6)
+        require("batch_ns", self.batch_ns, 0, SPAN_NS_MAX)
         require("window_ns", self.window_ns, 0, SPAN_NS_MAX)
         require("margin_ns", self.margin_ns, 0, SPAN_NS_MAX)
 
@@ -210,12 +220,22 @@ class HybridLimit:
         open_end = unlimited(len(replicas))
         busy = replicas.in_flight > 0
         batches = np.where(busy, 2, 1)
-        tokens_max = np.where(replicas.batch_tokens_max > 0, replicas.batch_tokens_max, NEVER)
+        tokens_max = self._batch_tokens(replicas)
         tasks = batches * replicas.tasks_max
-        tokens = np.where(replicas.batch_tokens_max > 0, batches * replicas.batch_tokens_max, NEVER)
+        tokens = np.where(tokens_max < NEVER, batches * np.minimum(tokens_max, NEVER // 2), NEVER)
         full = (queue.tasks >= replicas.tasks_max) | (queue.input_tokens >= tokens_max)
         hold = np.minimum(self._window_end(queue), self._due_end(now, replicas, queue, tokens_max))
         return Limits(tasks, tasks, tokens, open_end, np.where(busy & ~full, hold, 0))
+
+    def _batch_tokens(self, replicas: ReplicaView) -> Column:
+        """(replicas,) tokens of a full batch, at least 1; NEVER where neither the engine's size nor its speed is known."""
+        of_engine = np.where(replicas.batch_tokens_max > 0, replicas.batch_tokens_max, NEVER)
+        known = replicas.input_token_ns > 0.0
+        batch_ns = np.maximum(float(self.batch_ns), FIXED_TIMES * replicas.fixed_ns)
+        with np.errstate(over="ignore"):  # next to nothing a token: infinitely many
+            in_time = np.maximum(batch_ns / np.where(known, replicas.input_token_ns, 1.0), 1.0)
+        known &= in_time < TOKENS_MAX
+        return np.where(known, np.minimum(of_engine, np.where(known, in_time, 1.0).astype(np.int64)), of_engine)
 
     def _window_end(self, queue: QueueView) -> int:
         return min(queue.oldest_queued_at + self.window_ns, NEVER)
@@ -237,6 +257,7 @@ class HybridLimit:
             prefill_depth=self.prefill_depth,
             kv_fill=self.kv_fill,
             embedding_batches=self.embedding_batches,
+            batch_ns=self.batch_ns,
             window_ns=self.window_ns,
             margin_ns=self.margin_ns,
             starvation_ns=self.starvation_ns,

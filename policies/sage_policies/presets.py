@@ -119,6 +119,7 @@ def hybrid(
     prefill_depth: float = 2.0,
     kv_fill: float = 0.95,
     embedding_batches: bool = True,
+    batch_s: float = 0.02,
     window_s: float = 0.005,
     margin_s: float = 0.002,
     predicted_routing: bool = True,
@@ -133,9 +134,13 @@ def hybrid(
     """Least laxity, short work first, with demotion, fairness and anti-starvation; see ``HybridOrder`` and ``HybridLimit``.
 
     The booleans switch ingredients off one by one; name tells such variants apart in results. budget_s: one number, or
-    one per kind (chat, generate, embedding). tpot_s: what a token may take, of which ``tpot_fill`` is used; None: no limit.
+    one per kind (chat, generate, embedding). tpot_s: what a token may take, of which ``tpot_fill`` is used; None: no
+    limit. prefix_routing: prompts that share a prefix go to one replica, see ``PrefixHome``; it pays with many prefixes
+    and costs with one that is hot, so it is off.
     """
     require("tpot_fill", tpot_fill, 0.0, 1e3)
+    if tpot_s is not None:
+        require("tpot_s", tpot_s, 0.0, 1e6)
     order = HybridOrder(
         laxity=laxity,
         shortest=shortest,
@@ -160,13 +165,14 @@ def hybrid(
         prefill_depth=prefill_depth,
         kv_fill=kv_fill,
         embedding_batches=embedding_batches,
+        batch_ns=_span("batch_s", batch_s),
         window_ns=_span("window_s", window_s),
         margin_ns=_span("margin_s", margin_s),
         starvation_ns=_span("starvation_s", starvation_s) if starvation else NEVER,
     )
     route: Route = PredictedFinish(share_penalty) if predicted_routing else LeastInFlight()
-    if prefix_routing:
-        route = PrefixHome(route, prefix_load_factor, _span("prefix_wait_s", prefix_wait_s))
+    homes = PrefixHome(route, prefix_load_factor, _span("prefix_wait_s", prefix_wait_s))
+    route = homes if prefix_routing else route
     return Policy(name, admit, order, route, limit, TenantQuantile() if predict is None else predict)
 
 

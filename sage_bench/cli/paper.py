@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 
 import typer
 from rich.console import Console
@@ -26,11 +30,38 @@ class SizeOption(StrEnum):
     LIVE = "live"
 
 
+SAGE_RUN: Final = (sys.executable, "-m", "sage_bench", "run")
+"""In a process of its own: the command that a reader would give."""
+
+INTERRUPTED: Final = 130
+"""Exit code after Ctrl-C."""
+
 RESULTS: Final = {
     SizeOption.FULL: Path("results/paper"),
     SizeOption.QUICK: Path("results/paper-quick"),
     SizeOption.LIVE: Path("results/paper"),
 }
+
+
+class Sweep(NamedTuple):
+    """One of a study's, which may read what those before it wrote."""
+
+    study: str
+    title: str
+    arguments: list[str]
+
+    @property
+    def line(self) -> str:
+        return f"{self.title}: sage run {' '.join(self.arguments)}"
+
+    def check(self, code: int) -> None:
+        """Raises ConfigError where it failed, KeyboardInterrupt where it was interrupted."""
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            raise ConfigError(
+                f"sage run {' '.join(self.arguments)} ended with exit code {code}; what it said stands above"
+            )
 
 
 def command(
@@ -54,21 +85,54 @@ def command(
     if run:
         if size is SizeOption.LIVE:
             _simulated_first(studies, folder, only or (), results)
-        commands = [(study, arguments) for study in studies for arguments in study.commands(size.value)]
-        for i, (study, arguments) in enumerate(commands):
-            console.print(f"[{i + 1}/{len(commands)}] {study.name}: sage run {' '.join(arguments)}", markup=False)
-            _run([*arguments, f"results={folder}", *([] if size is SizeOption.LIVE else ["hydra/launcher=joblib"])])
+        commands = [(study.name, arguments) for study in studies for arguments in study.commands(size.value)]
+        sweeps = [
+            Sweep(study, f"[{i + 1}/{len(commands)}] {study}", [*arguments, f"results={folder}"])
+            for i, (study, arguments) in enumerate(commands)
+        ]
+        if size is SizeOption.QUICK:
+            run_beside(sweeps)
+        else:
+            launcher = ["hydra/launcher=joblib"] if size is SizeOption.FULL else []
+            for each in sweeps:
+                console.print(each.line, markup=False, soft_wrap=True)
+                each.check(ended([*SAGE_RUN, *each.arguments, *launcher]))
     for path in publish(studies, folder, console, system=not only):
         console.print(str(path), soft_wrap=True, markup=False)
 
 
-def _run(arguments: list[str]) -> None:
-    """In a process of its own: the same command that a reader would give. Raises ConfigError where it fails."""
-    code = ended([sys.executable, "-m", "sage_bench", "run", *arguments])
-    if code == 130:
-        raise KeyboardInterrupt
-    if code:
-        raise ConfigError(f"sage run {' '.join(arguments)} ended with exit code {code}; what it said stands above")
+def run_beside(sweeps: Sequence[Sweep]) -> None:
+    """Sweeps of a few short points, whose time goes into starting: a study a core, side by side, their lines marked by study. After
+    a failure or Ctrl-C none is begun and those that run are left to end. Raises as :meth:`Sweep.check`, and KeyboardInterrupt."""
+    stopped = threading.Event()
+    one_line = threading.Lock()
+
+    def say(text: str) -> None:
+        with one_line:
+            print(text, flush=True)
+
+    def study(sweeps: list[Sweep]) -> None:
+        for each in sweeps:
+            if stopped.is_set():
+                return
+            say(each.line)
+            words = [*SAGE_RUN, *each.arguments]
+            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+                for told in process.stdout or ():
+                    say(f"{each.study}: {told.rstrip()}")
+            try:
+                each.check(process.returncode)
+            except BaseException:
+                stopped.set()
+                raise
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        try:
+            for _ in pool.map(study, (list(of) for _, of in groupby(sweeps, lambda each: each.study))):
+                pass
+        except KeyboardInterrupt:  # it reached the sweeps too; leaving the pool waits for them
+            stopped.set()
+            raise
 
 
 def ended(words: Sequence[str]) -> int:

@@ -167,7 +167,7 @@ def _workload(manifests: Sequence[Manifest]) -> str:
         loads.setdefault(f"{m.load.name}: {_load(m.load.parameters)}", []).append(m.experiment)
     listed = [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in loads.items()]
     more = [f"and {len(listed) - _LOADS_MAX} more"] if len(listed) > _LOADS_MAX else []
-    traces = sorted({_file(m.trace) for m in manifests if m.trace is not None})
+    traces = sorted({_file(trace) for m in manifests for trace in m.traces})
     return "; ".join([*listed[:_LOADS_MAX], *more, f"traces: {'; '.join(traces)}" if traces else "no trace file"])
 
 

@@ -212,7 +212,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     steps: int
     control_s: float
-    trace: FileFact | None = None
+    traces: tuple[FileFact, ...] = ()
     profiles: dict[str, FileFact] = {}
     replicas: tuple[ReplicaFact, ...] = ()
     devices: tuple[DeviceFact, ...] = ()
@@ -248,7 +248,7 @@ def write_manifest(
     overrides: tuple[str, ...] = (),
     warmup_ns: int = 0,
     cooldown_at_ns: int | None = None,
-    trace: Path | None = None,
+    traces: Sequence[Path] = (),
     profiles: Mapping[str, Path] | None = None,
     replicas: tuple[ReplicaFact, ...] = (),
     devices: tuple[DeviceFact, ...] = (),
@@ -284,7 +284,7 @@ def write_manifest(
         digest=digest,
         steps=steps,
         control_s=control_s,
-        trace=None if trace is None else file_fact(trace),
+        traces=tuple(file_fact(path) for path in traces),
         profiles={name: file_fact(path) for name, path in (profiles or {}).items()},
         replicas=replicas,
         devices=devices,

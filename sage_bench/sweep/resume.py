@@ -68,8 +68,8 @@ def _whole(folder: Path, manifest: Manifest) -> bool:
 
 
 def _same_data(manifest: Manifest) -> bool:
-    """The trace and the profiles that it read are what they were; one that is gone is for the run to tell."""
-    read = [*manifest.profiles.values(), *([] if manifest.trace is None else [manifest.trace])]
+    """The traces and the profiles that it read are what they were; one that is gone is for the run to tell."""
+    read = [*manifest.profiles.values(), *manifest.traces]
     try:
         return all(file_fact(Path(fact.path)).sha256 == fact.sha256 for fact in read)
     except DataError:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from sage_bench.cli.paper import ended
+from sage_bench.cli.paper import Sweep, ended, run_beside
 from sage_bench.config import composed
 from sage_bench.run import run
+from sage_core.errors import ConfigError
 
 Sage = Callable[..., Any]
 
@@ -80,3 +81,41 @@ def test_live_runs_need_the_simulated_ones(sage: Sage, tmp_path: Path, monkeypat
     run(composed([*small, "seed=2"]), ["seed=2"])
     done = sage("paper", "--size", "live", "--only", "isolation", "--results", tmp_path)
     assert len(ran) == 1 and "experiment=live/isolation" in ran[0] and "ended with exit code 9" in done.err
+
+
+SWEEP = """
+import pathlib, sys, time
+name, needs, code = sys.argv[1:]
+assert not needs or pathlib.Path(needs).exists(), f"{name} before {needs}"
+print(f"runs {name}", flush=True)
+pathlib.Path(name).touch()
+sys.exit(int(code))
+"""
+
+
+def sweeps(*said: tuple[str, str, str, int]) -> list[Sweep]:
+    return [Sweep(study, f"[{name}]", [name, needs, str(code)]) for study, name, needs, code in said]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where processes that stand for sweeps leave a file each."""
+    monkeypatch.setattr("sage_bench.cli.paper.SAGE_RUN", (sys.executable, "-c", SWEEP))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_studies_side_by_side_and_their_sweeps_in_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_beside(sweeps(("a", "a1", "", 0), ("a", "a2", "a1", 0), ("b", "b1", "", 0), ("c", "c1", "", 0)))
+    assert sorted(path.name for path in folder.iterdir()) == ["a1", "a2", "b1", "c1"]
+    said = capsys.readouterr().out.splitlines()
+    assert said.index("[a2]: sage run a2 a1 0") > said.index("a: runs a1") and "c: runs c1" in said
+
+
+def test_after_a_failure_no_sweep_is_begun(folder: Path) -> None:
+    many = sweeps(*((f"s{i}", f"n{i}", "", 0) for i in range(40)))
+    with pytest.raises(ConfigError, match="sage run a1  3 ended with exit code 3"):
+        run_beside([*sweeps(("a", "a1", "", 3), ("a", "a2", "", 0)), *many])
+    assert not (folder / "a2").exists() and not (folder / "n39").exists()
+    with pytest.raises(KeyboardInterrupt):
+        run_beside(sweeps(("a", "a1", "", 130)))

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sage_bench.config import checked, composed
+from sage_bench.results.manifest import read_manifest
 from sage_bench.results.reader import load_runs
 from sage_bench.run import config_digest, planned, run
 from sage_bench.sweep import sources
@@ -128,6 +129,18 @@ def test_a_trace_that_was_changed_is_other_data(trace: Path, tmp_path: Path) -> 
     assert found(tmp_path / "run", plain, "config") == Found(None, "other data")
     mine.unlink()
     assert found(tmp_path / "run", plain, "config") == Found(None, "other data")
+
+
+def test_every_file_that_a_load_reads_counts(trace: Path, tmp_path: Path) -> None:
+    first, second = (Path(shutil.copy(trace, tmp_path / f"{name}.parquet")) for name in ("first", "second"))
+    arrivals = f"{{_target_: sage_bench.loads.TraceArrivals, path: {second}}}"
+    overrides = ["load=trace", f"load.path={first}", f"load.embedding.arrivals={arrivals}", f"results={tmp_path}"]
+    _, plain = checked(composed(overrides))
+    result = run(composed(overrides))
+    assert [Path(each.path).name for each in read_manifest(result.folder).traces] == [first.name, second.name]
+    assert found(tmp_path / "run", plain, "code").folder == result.folder
+    pq.write_table(pq.read_table(second).slice(1), second)
+    assert found(tmp_path / "run", plain, "code") == Found(None, "other data")
 
 
 def test_of_live_measurements_the_first_valid_one_counts(swept: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sage_core.units import NEVER, PoolKind
 from sage_policies.affinity import PrefixHome
 from sage_policies.hashing import draws
-from sage_policies.hybrid import HybridLimit, HybridOrder
+from sage_policies.hybrid import FIXED_TIMES, TOKENS_MAX, HybridLimit, HybridOrder
 from sage_policies.presets import hybrid
 from sage_policies.route import PredictedFinish
 from sage_policies.rowwise import rows
@@ -40,6 +40,8 @@ def doc():
         "EMBEDDING": PoolKind.EMBEDDING,
         "ceil": math.ceil,
         "floor": math.floor,
+        "FIXED_TIMES": FIXED_TIMES,
+        "TOKENS_MAX": TOKENS_MAX,
         "draw": lambda prefix, replica: int(draws(np.array([prefix]), np.array([replica]))[0, 0]),
     }
     exec(compile("\n".join(blocks), str(DOC), "exec"), names)
@@ -65,7 +67,11 @@ def test_limit(doc, any_replicas, any_queue, data):
     view, queue = data.draw(any_replicas), data.draw(any_queue)
     now = data.draw(st.integers(0, 10**14))
     flags = {name: data.draw(st.booleans()) for name in ("in_flight_limits", "tpot_limit", "embedding_batches")}
-    part = HybridLimit(**flags, tpot_ns=data.draw(st.one_of(st.just(0), st.integers(1, 10**9))))
+    part = HybridLimit(
+        **flags,
+        tpot_ns=data.draw(st.one_of(st.just(0), st.integers(1, 10**9))),
+        batch_ns=data.draw(st.integers(0, 10**10)),
+    )
     got = part.limit(now, view, queue)
     columns = (got.tasks_max, got.tasks_max_batch, got.prefill_tokens_max, got.kv_tokens_max, got.hold_until)
     want = [doc.limit(now, replica, queue, part) for replica in replica_rows(view)]

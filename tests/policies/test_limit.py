@@ -90,6 +90,23 @@ def test_a_due_time_out_of_reach_does_not_break_up_batches(replicas):
     assert limit.limit(9 * MILLISECOND, replicas(in_flight=[3]), queue).hold_until[0] == 50 * MILLISECOND
 
 
+def test_a_batch_has_no_more_work_than_asked(replicas):
+    # 1e4 ns a token and 1e6 ns fixed: 500 tokens work 5 ms; ten times the fixed time is 1,000 tokens.
+    queue = embedding_queue(input_tokens=600)
+    for batch_ns, batch in ((12 * MILLISECOND, 1200), (5 * MILLISECOND, 1000), (0, 1000)):
+        limit = HybridLimit(batch_ns=batch_ns)
+        view = replicas(in_flight=[3, 0], batch_tokens_max=[1100, 0], tasks_max=[64, 64])
+        limits = limit.limit(0, view, queue)
+        assert limits.prefill_tokens_max.tolist() == [2 * min(batch, 1100), batch]
+    cheap = replicas(in_flight=[3], batch_tokens_max=[0], fixed_ns=[0.0], input_token_ns=[1e4])
+    assert HybridLimit(batch_ns=5 * MILLISECOND).limit(0, cheap, queue).hold_until[0] == 0, (
+        "600 tokens are a full batch"
+    )
+    assert HybridLimit(batch_ns=7 * MILLISECOND).limit(0, cheap, queue).hold_until[0] > 0
+    unknown = replicas(in_flight=[0], batch_tokens_max=[0], input_token_ns=[0.0])
+    assert HybridLimit().limit(0, unknown, queue).prefill_tokens_max[0] == NEVER
+
+
 def test_when_held_it_opens_at_the_instant_it_said(replicas):
     limit = HybridLimit(window_ns=50 * MILLISECOND)
     busy = replicas(in_flight=[3])

@@ -53,7 +53,7 @@ LIMITS = [EngineLimit(), EngineLimit(0.37), EngineLimit(None), HybridLimit()]
 LIMITS += [HybridLimit(in_flight_limits=False), HybridLimit(embedding_batches=False)]
 LIMITS += [HybridLimit(starvation_ns=0, reserve=0.5)]
 LIMITS += [Partition(EngineLimit(), [0, 1], [2]), Partition(HybridLimit(), [2], [0])]
-LIMITS += [HybridLimit(reserve=0.33, prefill_depth=0.7, kv_fill=0.123, window_ns=0, margin_ns=0)]
+LIMITS += [HybridLimit(reserve=0.33, prefill_depth=0.7, kv_fill=0.123, batch_ns=3_000_000, window_ns=0, margin_ns=0)]
 
 instants = st.integers(0, 10**13)
 dues = st.one_of(st.just(NEVER), st.integers(0, 2 * 10**13))

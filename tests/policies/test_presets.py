@@ -197,6 +197,11 @@ def test_an_unknown_name_is_an_error_that_lists_the_names():
         ({"budget_s": -1}, "budget_s"),
         ({"window_s": "soon"}, "window_s"),
         ({"starvation_s": 1e9}, "starvation_s"),
+        ({"tpot_s": "abc"}, "tpot_s"),
+        ({"tpot_s": -1}, "tpot_s"),
+        ({"fairness_weight": float("inf")}, "fairness_weight"),
+        ({"share_penalty": float("inf")}, "route.share_penalty"),
+        ({"prefix_load_factor": float("nan")}, ".*load_factor"),
     ],
 )
 def test_hybrid_names_the_wrong_parameter(arguments, named):

@@ -52,9 +52,9 @@ def test_it_reads_back_as_written_with_every_field(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_bytes(b"seed: 3\n")
-    manifest = written(run, trace=trace, profiles={"llama": trace}, price_per_h=3.5, counts={"arrived": 7})
+    manifest = written(run, traces=[trace], profiles={"llama": trace}, price_per_h=3.5, counts={"arrived": 7})
     assert read_manifest(run) == read_manifest(run / NAME) == manifest
-    assert manifest.trace is not None and manifest.trace.sha256 == hashlib.sha256(b"1,2\n").hexdigest()
+    assert [trace.sha256 for trace in manifest.traces] == [hashlib.sha256(b"1,2\n").hexdigest()]
     assert manifest.profiles["llama"].bytes == 4
     assert manifest.outputs["config.yaml"].sha256 == hashlib.sha256(b"seed: 3\n").hexdigest()
     assert manifest.hardware.cores == os.cpu_count() and manifest.hardware.memory_bytes > 2**28
@@ -128,6 +128,6 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_trace_and_an_unwritable_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.csv: cannot be read"):
-        written(tmp_path, trace=tmp_path / "nowhere.csv")
+        written(tmp_path, traces=[tmp_path / "nowhere.csv"])
     with pytest.raises(OutputError, match=r"gone.*cannot be written"):
         written(tmp_path / "gone")
