@@ -324,7 +324,9 @@ class HybridLimit : public sage::Limit {
         const std::int64_t batches = s.in_flight[r] > 0 ? 2 : 1;
         const std::int64_t tasks = batches * s.tasks_max[r];
         const std::int64_t full = batch_tokens(s, r);
-        const std::int64_t tokens = full < kNever ? batches * std::min(full, kNever / 2) : kNever;
+        std::int64_t tokens = full < kNever ? batches * std::min(full, kNever / 2) : kNever;
+        if (s.in_flight[r] == 1)
+          tokens = std::max(tokens, s.prefill_tokens[r] + 1);  // room behind one text, however long
         set(out, r, tasks, tasks, tokens, kNever, opens_at(now, pool, r, earliest_due_at));
       }
     } else {
@@ -347,7 +349,7 @@ class HybridLimit : public sage::Limit {
   // Tokens of a full batch of embeddings, at least 1; kNever where neither the engine's size nor its speed is known.
   std::int64_t batch_tokens(const ReplicaTable& s, std::size_t r) const {
     const std::int64_t of_engine = s.batch_tokens_max[r] > 0 ? s.batch_tokens_max[r] : kNever;
-    if (s.input_token_ns[r] <= 0.0) return of_engine;
+    if (c_.batch_ns == 0 || s.input_token_ns[r] <= 0.0) return of_engine;
     const double batch_ns = std::max(real(c_.batch_ns), kFixedTimes * s.fixed_ns[r]);
     const double in_time = std::max(batch_ns / s.input_token_ns[r], 1.0);
     return in_time < kTokensMax ? std::min(of_engine, static_cast<std::int64_t>(in_time)) : of_engine;

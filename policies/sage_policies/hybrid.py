@@ -153,9 +153,9 @@ class HybridLimit:
     has waited longer than ``starvation_ns`` (or promoting it would be in vain: every slot that urgent work leaves is the
     reserve's); at most ``prefill_depth`` token budgets of prompts (and what is left of the last one) are in the engine;
     and predicted KV use stays below ``kv_fill``.
-    Embedding pools (``embedding_batches``): a batch is full at the engine's own size, or at as many tokens as it works through in
-    ``batch_ns`` (in ``FIXED_TIMES`` its fixed time where that is longer: below that, batches cost throughput). An idle engine
-    takes a batch at once; a busy one takes one more behind it when that batch is full, when its oldest task has waited ``window_ns``, or when the earliest due time that can
+    Embedding pools (``embedding_batches``): a batch is full at the engine's own size, or at as many tokens (unpadded) as it works
+    through in ``batch_ns`` (0: there is no such bound; in ``FIXED_TIMES`` its fixed time where that is longer: below that, batches cost
+    throughput). An idle engine takes a batch at once, one text however long; a busy one takes one more behind it when that batch is full, when its oldest task has waited ``window_ns``, or when the earliest due time that can
     still be met is ``margin_ns`` away from being too late. Off, and for operators: the engine's own concurrency.
     """
 
@@ -223,6 +223,8 @@ class HybridLimit:
         tokens_max = self._batch_tokens(replicas)
         tasks = batches * replicas.tasks_max
         tokens = np.where(tokens_max < NEVER, batches * np.minimum(tokens_max, NEVER // 2), NEVER)
+        # Behind one text there is room for another, however long: an engine must not idle between them.
+        tokens = np.where(replicas.in_flight == 1, np.maximum(tokens, replicas.prefill_tokens + 1), tokens)
         full = (queue.tasks >= replicas.tasks_max) | (queue.input_tokens >= tokens_max)
         hold = np.minimum(self._window_end(queue), self._due_end(now, replicas, queue, tokens_max))
         return Limits(tasks, tasks, tokens, open_end, np.where(busy & ~full, hold, 0))
@@ -230,7 +232,7 @@ class HybridLimit:
     def _batch_tokens(self, replicas: ReplicaView) -> Column:
         """(replicas,) tokens of a full batch, at least 1; NEVER where neither the engine's size nor its speed is known."""
         of_engine = np.where(replicas.batch_tokens_max > 0, replicas.batch_tokens_max, NEVER)
-        known = replicas.input_token_ns > 0.0
+        known = (replicas.input_token_ns > 0.0) & (self.batch_ns > 0)
         batch_ns = np.maximum(float(self.batch_ns), FIXED_TIMES * replicas.fixed_ns)
         with np.errstate(over="ignore"):  # next to nothing a token: infinitely many
             in_time = np.maximum(batch_ns / np.where(known, replicas.input_token_ns, 1.0), 1.0)

@@ -119,7 +119,7 @@ def hybrid(
     prefill_depth: float = 2.0,
     kv_fill: float = 0.95,
     embedding_batches: bool = True,
-    batch_s: float = 0.02,
+    batch_s: float | None = 0.02,
     window_s: float = 0.005,
     margin_s: float = 0.002,
     predicted_routing: bool = True,
@@ -135,7 +135,7 @@ def hybrid(
 
     The booleans switch ingredients off one by one; name tells such variants apart in results. budget_s: one number, or
     one per kind (chat, generate, embedding). tpot_s: what a token may take, of which ``tpot_fill`` is used; None: no
-    limit. prefix_routing: prompts that share a prefix go to one replica, see ``PrefixHome``; it pays with many prefixes
+    limit. batch_s: work of an embedding batch; None: the engine's own size. prefix_routing: prompts that share a prefix go to one replica, see ``PrefixHome``; it pays with many prefixes
     and costs with one that is hot, so it is off.
     """
     require("tpot_fill", tpot_fill, 0.0, 1e3)
@@ -165,7 +165,7 @@ def hybrid(
         prefill_depth=prefill_depth,
         kv_fill=kv_fill,
         embedding_batches=embedding_batches,
-        batch_ns=_span("batch_s", batch_s),
+        batch_ns=0 if batch_s is None else _span("batch_s", batch_s, 1e-9),
         window_ns=_span("window_s", window_s),
         margin_ns=_span("margin_s", margin_s),
         starvation_ns=_span("starvation_s", starvation_s) if starvation else NEVER,

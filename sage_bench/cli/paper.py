@@ -91,7 +91,7 @@ def command(
             for i, (study, arguments) in enumerate(commands)
         ]
         if size is SizeOption.QUICK:
-            run_beside(sweeps)
+            run_beside(sweeps, at_once=len(os.sched_getaffinity(0)))
         else:
             launcher = ["hydra/launcher=joblib"] if size is SizeOption.FULL else []
             for each in sweeps:
@@ -101,8 +101,8 @@ def command(
         console.print(str(path), soft_wrap=True, markup=False)
 
 
-def run_beside(sweeps: Sequence[Sweep]) -> None:
-    """Sweeps of a few short points, whose time goes into starting: a study a core, side by side, their lines marked by study. After
+def run_beside(sweeps: Sequence[Sweep], at_once: int) -> None:
+    """Sweeps of a few short points, whose time goes into starting: ``at_once`` studies side by side, their lines marked by study. After
     a failure or Ctrl-C none is begun and those that run are left to end. Raises as :meth:`Sweep.check`, and KeyboardInterrupt."""
     stopped = threading.Event()
     one_line = threading.Lock()
@@ -112,27 +112,34 @@ def run_beside(sweeps: Sequence[Sweep]) -> None:
             print(text, flush=True)
 
     def study(sweeps: list[Sweep]) -> None:
-        for each in sweeps:
-            if stopped.is_set():
-                return
-            say(each.line)
-            words = [*SAGE_RUN, *each.arguments]
-            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-                for told in process.stdout or ():
-                    say(f"{each.study}: {told.rstrip()}")
-            try:
-                each.check(process.returncode)
-            except BaseException:
-                stopped.set()
-                raise
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         try:
-            for _ in pool.map(study, (list(of) for _, of in groupby(sweeps, lambda each: each.study))):
-                pass
+            for each in sweeps:
+                if stopped.is_set():
+                    return
+                say(each.line)
+                words = [*SAGE_RUN, *each.arguments]
+                with subprocess.Popen(
+                    words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+                ) as process:
+                    for told in process.stdout or ():
+                        say(f"{each.study}: {told.rstrip()}")
+                each.check(process.returncode)
+        except BaseException:
+            stopped.set()
+            raise
+
+    with ThreadPoolExecutor(at_once) as pool:
+        studies = [pool.submit(study, list(of)) for _, of in groupby(sweeps, lambda each: each.study)]
+        try:
+            failed = [error for error in (each.exception() for each in studies) if error is not None]
         except KeyboardInterrupt:  # it reached the sweeps too; leaving the pool waits for them
             stopped.set()
             raise
+    for error in failed:
+        if not isinstance(error, ConfigError):
+            raise error
+    if failed:
+        raise ConfigError("\n".join(map(str, failed)))
 
 
 def ended(words: Sequence[str]) -> int:

@@ -23,8 +23,13 @@ def command(
     from sage_core.units import SECOND
 
     written = export(Run(run), out, requests=requests, start_s=start, stop_s=stop)
+    tasks = (
+        "no tasks, which the run did not keep (record.tasks=false),"
+        if written.tasks is None
+        else f"{written.tasks:,} tasks"
+    )
     Console(highlight=False).print(
-        f"{out}: {written.requests:,} requests and {written.tasks:,} tasks from {written.start_ns / SECOND:.3f} s to "
+        f"{out}: {written.requests:,} requests and {tasks} from {written.start_ns / SECOND:.3f} s to "
         f"{written.stop_ns / SECOND:.3f} s, {written.events:,} events; open it at ui.perfetto.dev or chrome://tracing",
         soft_wrap=True,
         markup=False,

@@ -79,7 +79,8 @@ class RecordedLoad:
 
     def files(self) -> list[str]:
         """Files the load reads: what a manifest has to give checksums of."""
-        return [str(self.log)]
+        beside = (self.log.parent / name for name in ("tasks.parquet", "requests.parquet"))
+        return [str(self.log), *(str(path) for path in beside if path.exists())]
 
 
 def _results(folder: Path) -> dict[int, tuple[int, ...]]:

@@ -4,7 +4,7 @@ Format: *Trace Event Format*, JSON object form. Three kinds of tracks:
 
 * process *requests*: a slice a request from scheduled arrival to end, its phases (queued, prefill, decode or service)
   inside it;
-* a process for each replica: a slice a task from dispatch to end, and counters of its reports;
+* a process for each replica: a slice a task from dispatch to end (where the run kept its tasks), and counters of its reports;
 * process *plane*: the number of queued tasks of each pool.
 
 Slices of one thread may not overlap unless one holds the other, so what runs at the same time is spread over *lanes*, the
@@ -48,10 +48,10 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """How much of a run went into a trace; the stretch is ``[start_ns, stop_ns)``."""
+    """How much of a run went into a trace; the stretch is ``[start_ns, stop_ns)``. tasks: None where the run kept none."""
 
     requests: int
-    tasks: int
+    tasks: int | None
     events: int
     start_ns: int
     stop_ns: int
@@ -89,13 +89,15 @@ def export(run: Run, out: Path, *, requests: int, start_s: float = 0.0, stop_s: 
         )
     end = int(min(stop, max(run.manifest.duration_ns, int(kept["scheduled_ns"].max())) + 1))
     events = list(_requests(kept))
-    tasks = pd.DataFrame()
+    written: int | None = None
     if run.has("tasks"):
         every = run.frame("tasks")
         tasks = every[every["dispatched_ns"].between(start, end, inclusive="left")]
         events += _tasks(tasks, run.manifest.duration_ns)
+        written = len(tasks)
         events += _queued(every, start, end)
     events += _reports(run.frame("replicas"), start, end)
+    events += _replicas(run, {event["pid"] for event in events})
     names = [event for event in events if event["ph"] == "M"]
     timed = sorted((event for event in events if event["ph"] != "M"), key=_order)
     document = {
@@ -104,7 +106,7 @@ def export(run: Run, out: Path, *, requests: int, start_s: float = 0.0, stop_s: 
         "traceEvents": [*names, *timed],
     }
     _write(out, document)
-    return Exported(len(kept), len(tasks), len(names) + len(timed), start, end)
+    return Exported(len(kept), written, len(names) + len(timed), start, end)
 
 
 def _requests(rows: pd.DataFrame) -> Iterator[Event]:
@@ -160,8 +162,7 @@ def _phases(row: dict[Any, Any]) -> list[tuple[str, int, int]]:
 def _tasks(rows: pd.DataFrame, run_end: int) -> Iterator[Event]:
     for replica in sorted(rows["replica"].unique().tolist()):
         part = rows[rows["replica"] == replica]
-        pid, first = REPLICA + replica, part.iloc[0]
-        yield _named("process_name", pid, 0, f"replica {replica}: {first['pool']} on {first['node']}")
+        pid = REPLICA + replica
         lanes = _Lanes(pid)
         for row in part.sort_values(["dispatched_ns", "task"]).to_dict("records"):
             began = int(row["dispatched_ns"])
@@ -201,6 +202,13 @@ def _queued(rows: pd.DataFrame, start: int, end: int) -> Iterator[Event]:
         for i in last:
             if start <= at[i] < end:
                 yield _counter(f"queued {pool}", PLANE, int(at[i]), {"tasks": int(depth[i])})
+
+
+def _replicas(run: Run, shown: set[int]) -> Iterator[Event]:
+    """Names of the replicas that have events; a run that keeps no tasks still has what they reported."""
+    for fact in run.manifest.replicas:
+        if (pid := REPLICA + fact.replica) in shown:
+            yield _named("process_name", pid, 0, f"replica {fact.replica}: {fact.pool} on {fact.node}")
 
 
 def _reports(rows: pd.DataFrame, start: int, end: int) -> Iterator[Event]:

@@ -49,7 +49,7 @@ UNMEASURED: Final[Mapping[int, str]] = {
 }
 """Why no run of ours can fill these."""
 
-OUTCOMES: Final[Sequence[Outcome]] = ("holds", "does not hold", "no significant difference", "not measured")
+OUTCOMES: Final[Sequence[Outcome]] = ("holds", "does not hold", "no significant difference", "stated", "not measured")
 
 
 def ledger(chapters: Sequence[Chapter]) -> list[Claim]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable, Mapping
 from typing import Any, Final
 
 import pandas as pd
@@ -178,7 +180,7 @@ def _sentences(less: pd.DataFrame, lacking: pd.DataFrame) -> list[str]:
         part = row["other"].removeprefix("no_").replace("_", " ")
         sure = "" if row["verdict"] in ("better", "worse") else f" ({row['verdict']})"
         said.append(
-            f"Without {part} SLO attainment is {percent(row['theirs'])} instead of {percent(row['ours'])}{sure}."
+            f"Without {part} SLO attainment is {percent(row['theirs'])} instead of {percent(row['ours'])}, {_points(row)}{sure}."
         )
     return said
 
@@ -192,6 +194,12 @@ def _named(rows: pd.DataFrame) -> str:
     )
 
 
+def _points(row: Mapping[Hashable, Any]) -> str:
+    """What being without it changes, with its interval where there are seeds enough for one."""
+    of = "" if math.isnan(row["low"]) else f" (95 %: {100 * row['low']:+.2f} to {100 * row['high']:+.2f})"
+    return f"{100 * row['difference']:+.2f} points{of}"
+
+
 def _claims(lacking: pd.DataFrame, parts: pd.DataFrame, shown: tuple[str, ...]) -> list[Claim]:
     requirement = {"no_control_plane": 91, "no_batching": 92, "no_cpu": 93}
     outcomes: dict[str, Outcome] = {"worse": "holds", "better": "does not hold"}
@@ -200,7 +208,7 @@ def _claims(lacking: pd.DataFrame, parts: pd.DataFrame, shown: tuple[str, ...]) 
             f"part-{row['other']}",
             requirement.get(row["other"], 233),
             f"the system serves more within objectives with it than {str(row['other']).replace('_', ' ')}",
-            f"SLO attainment {percent(row['ours'])} with, {percent(row['theirs'])} without",
+            f"SLO attainment {percent(row['ours'])} with, {percent(row['theirs'])} without, {_points(row)}",
             outcomes.get(row["verdict"], "no significant difference"),
             shown,
         )

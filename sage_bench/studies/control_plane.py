@@ -136,6 +136,8 @@ def findings(experiments: Experiments) -> Findings:
             "Every arm but vllm_only has the same four devices; vllm_only has the clients' CPUs besides, at no cost to it, and embeds "
             "with a model a seventeenth of the others' size.",
             "The split's engines have what is best for them: all of a device's memory, and batches as large as they take.",
+            "Latency and attainment under load are compared at the first rate above the split's own goodput capacity, where the split misses its "
+            "objectives by construction; the figures have all rates.",
             f"The split is chosen among {len(SPLITS)} by grid search on the runs it is judged on, which favours it.",
         ],
         notes=[

@@ -20,13 +20,13 @@ from sage_bench.metrics.compare import conditions, means, measured
 from sage_bench.metrics.measure import ALL
 from sage_bench.metrics.saturation import Saturation, flow, saturation
 from sage_bench.metrics.stage_spans import StageSpans, stage_means, stage_spans
-from sage_bench.metrics.statistics import SEEDS_MIN, holm
+from sage_bench.metrics.statistics import SEEDS_MIN, Interval, holm
 from sage_bench.results.manifest import Manifest
 from sage_bench.results.reader import Run, Runs
 from sage_bench.studies.bench_figures import bench_figures
 from sage_bench.studies.findings import Claim, Drawing, Findings, TableOf, number, percent
 from sage_bench.studies.hypotheses import Hypothesis, settled
-from sage_bench.studies.points import against, arm_of, at, cell, heading, mean, plain, points, relative, span
+from sage_bench.studies.points import against, arm_of, at, cell, heading, mean, plain, points, ratio, span
 from sage_bench.studies.study import Experiments, Study, evidence
 from sage_bench.studies.twins import side_by_side, sides
 from sage_bench.tables import Sheet
@@ -99,6 +99,9 @@ def findings(experiments: Experiments) -> Findings:
         fairness=[
             "All arms have the same cluster, pipeline, questions, documents and objectives, seed by seed; they differ in the policy and in "
             "whether a stage is due by the critical path after it.",
+            "The arms are looked at closely at the highest rate at which any of them still meets 95 % of the questions' objectives, whichever it is: "
+            "an arm that gave out before is shown there at its worst.",
+            "policy.batch_s of hybrid was chosen on this load, seeds 1 to 3; the seeds judged here were not used for it.",
             "flat is what plain load balancers in front of each service do: no queue in the plane and no order; the network between its "
             "services is taken to cost nothing more.",
             "How long stages take beside generation is measured (search, rerank) or assumed and written in conf/cluster/pipelines.yaml; what the "
@@ -137,15 +140,15 @@ def _where(m: Manifest) -> dict[str, Any]:
 
 
 def _loaded(frame: pd.DataFrame, arms: Sequence[str], rates: Sequence[float]) -> float:
-    """The rate that the arms are looked at closely: of those that all arms have the highest at which hybrid still meets 95 % of the
-    objectives of the questions; the lowest where it never does. Raises :class:`DataError` where no rate has all arms."""
+    """The rate that the arms are looked at closely: of those that all arms have the highest at which any arm, whichever, still meets 95 %
+    of the objectives of the questions; the lowest where none does. Raises :class:`DataError` where no rate has all arms."""
     common = [rate for rate in rates if all(len(at(frame, policy=arm, rate=rate)) for arm in arms)]
     if not common:
         raise DataError(f"e2e_rag: no rate has runs of all of {', '.join(arms)}; run the whole experiment")
     met = [
         rate
         for rate in common
-        if mean(at(frame, "chat", policy=UNIFIED, rate=rate), "slo_attainment").mean >= ATTAINMENT_MIN
+        if any(mean(at(frame, "chat", policy=arm, rate=rate), "slo_attainment").mean >= ATTAINMENT_MIN for arm in arms)
     ]
     return max(met, default=common[0])
 
@@ -333,11 +336,11 @@ def _where_time_goes(mix: Mix, stages: dict[str, pd.DataFrame]) -> list[str]:
 def _claims(mix: Mix) -> list[Claim | Hypothesis]:
     mine = mix.chat(UNIFIED)
     p99 = mean(mine, "e2e_ns_p99")
-    asked = "5.1: a tight distribution with a p99 of [X] ms"
+    asked = "5.1: the p99 of a question, in ms"
     shown = evidence(mix.runs)
     claims: list[Claim | Hypothesis] = [
         Claim(
-            f"e2e-{mix.name}-p99", 269, asked, f"p99 of {number(p99.mean / MILLISECOND)} ms{span(p99, MILLISECOND)} {mix.there}", "holds", shown
+            f"e2e-{mix.name}-p99", 269, asked, f"p99 of {number(p99.mean / MILLISECOND)} ms{span(p99, MILLISECOND)} {mix.there}", "stated", shown
         )
         if p99.n
         else Claim(f"e2e-{mix.name}-p99", 269, asked, f"too few questions a run for a p99 {mix.there}", "not measured", ())
@@ -359,22 +362,27 @@ def _claims(mix: Mix) -> list[Claim | Hypothesis]:
             )
         )
         for part, letter, requirement in (("p95", "Y", 268), ("p99", "X", 257)):
-            ratio = relative(other, mine, f"e2e_ns_{part}")
-            if not ratio.n:  # too few questions in a run
+            found = ratio(other, mine, f"e2e_ns_{part}")
+            if not found.ratio.n:  # too few questions in a run
                 continue
-            found = against(other, mine, f"e2e_ns_{part}")
             claims.append(
                 Hypothesis(
                     f"e2e-{mix.name}-{part}-{arm}",
                     requirement,
                     f"hybrid reduces the {part} of questions by [{letter}] % against {arm} under mixed load",
-                    f"{part} {percent(abs(1 - ratio.mean))} {'lower' if ratio.mean < 1 else 'higher'} {mix.there}",
-                    found.difference.mean < 0,
+                    f"{part} {_change(found.ratio)} {mix.there}",
+                    found.ratio.mean < 1,
                     found.p,
                     shown,
                 )
             )
     return claims
+
+
+def _change(of: Interval) -> str:
+    """A ratio as what it is more or less than 1."""
+    low, high = (f"{100 * (bound - 1):+.1f}" for bound in (of.low, of.high))
+    return f"{100 * (of.mean - 1):+.1f} %" + (f" (95 %: {low} to {high})" if of.n > 1 else "")
 
 
 def _nowhere(mix: Mix) -> list[str]:

@@ -40,7 +40,8 @@ class TableOf:
     core: bool = True
 
 
-Outcome = Literal["holds", "does not hold", "no significant difference", "not measured"]
+Outcome = Literal["holds", "does not hold", "no significant difference", "stated", "not measured"]
+"""*stated*: a number was asked for and is given; nothing was to be decided."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,7 +216,7 @@ def _cpu_against_gpu(
             "CPU-only nodes give [X] % of GPU performance for embedding-heavy load",
             f"{percent(most['cpu'].mean / most['gpu'].mean)} of an L4's embeddings a second by 16 vCPUs ({number(most['cpu'].mean)} against "
             f"{number(most['gpu'].mean)}, with a smaller model on the CPU); within the objectives {held}",
-            "holds",
+            "stated",
             evidence(runs),
         ),
         *tokens,

@@ -7,8 +7,9 @@ depend on how long the last request took, which in a run of a minute or two says
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -98,6 +99,23 @@ def relative(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> Interv
     """``other / baseline``, seed by seed."""
     one, two = (frame.groupby("seed")[metric].mean() for frame in (baseline, other))
     return t_interval((two / one).dropna().tolist())
+
+
+class Ratio(NamedTuple):
+    """Of two arms over the seeds they share: the geometric mean of their ratios with its interval, and the p-value of its logarithm's
+    being zero. NaN as in :class:`Paired`."""
+
+    ratio: Interval
+    p: float
+
+
+def ratio(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> Ratio:
+    """``other / baseline`` of a metric above zero, tested as it is told: by its logarithm."""
+    one, two = (frame.groupby("seed")[metric].mean().dropna() for frame in (baseline, other))
+    shared = one.index.intersection(two.index)
+    found = paired([math.log(x) for x in one[shared]], [math.log(x) for x in two[shared]])
+    of = found.difference
+    return Ratio(Interval(math.exp(of.mean), math.exp(of.low), math.exp(of.high), of.n), found.p)
 
 
 def cell(value: Interval, metric: str | None = None) -> str:

@@ -244,6 +244,15 @@ def _sentences(best: pd.DataFrame, every: pd.DataFrame) -> list[str]:
     return said
 
 
+def _at_worst(best: pd.DataFrame) -> str:
+    """What a cell may hide: a loss that is not significant is still bounded by its interval."""
+    known = best[best["low"].notna()]
+    if known.empty:
+        return ""
+    row = known.sort_values("low", kind="stable").iloc[0]
+    return f"; no interval of a difference reaches below {100 * row['low']:+.2f} points ({row['cell']})"
+
+
 def _claims(best: pd.DataFrame, every: pd.DataFrame, shown: tuple[str, ...]) -> list[Claim]:
     """A claim is decided where every pair shares seeds enough; a loss that was found is told however few there are."""
     worse = best[best["verdict"] == "worse"]
@@ -259,7 +268,7 @@ def _claims(best: pd.DataFrame, every: pd.DataFrame, shown: tuple[str, ...]) -> 
             "never-worse",
             220,
             f"{OURS} is in no cell significantly worse than the best other policy on SLO attainment",
-            f"significantly worse in {len(worse)} of {len(best)} cells{lost}{_few(best)}",
+            f"significantly worse in {len(worse)} of {len(best)} cells{lost}{_at_worst(best)}{_few(best)}",
             never if len(best) else "not measured",
             shown,
         ),

@@ -565,7 +565,7 @@ def _fairness(experiments: Experiments) -> Findings:
             263,
             "evaluated with up to [G] GPU nodes and [H] clients",
             f"up to {_most_gpus(experiments)} simulated GPUs and {max(count, _most_users(experiments))} clients",
-            "holds",
+            "stated",
             tuple(name for runs in experiments.simulated.values() for name in evidence(runs)),
         )
     )

@@ -106,7 +106,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_studies_side_by_side_and_their_sweeps_in_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_beside(sweeps(("a", "a1", "", 0), ("a", "a2", "a1", 0), ("b", "b1", "", 0), ("c", "c1", "", 0)))
+    run_beside(sweeps(("a", "a1", "", 0), ("a", "a2", "a1", 0), ("b", "b1", "", 0), ("c", "c1", "", 0)), at_once=2)
     assert sorted(path.name for path in folder.iterdir()) == ["a1", "a2", "b1", "c1"]
     said = capsys.readouterr().out.splitlines()
     assert said.index("[a2]: sage run a2 a1 0") > said.index("a: runs a1") and "c: runs c1" in said
@@ -115,7 +115,18 @@ def test_studies_side_by_side_and_their_sweeps_in_order(folder: Path, capsys: py
 def test_after_a_failure_no_sweep_is_begun(folder: Path) -> None:
     many = sweeps(*((f"s{i}", f"n{i}", "", 0) for i in range(40)))
     with pytest.raises(ConfigError, match="sage run a1  3 ended with exit code 3"):
-        run_beside([*sweeps(("a", "a1", "", 3), ("a", "a2", "", 0)), *many])
+        run_beside([*sweeps(("a", "a1", "", 3), ("a", "a2", "", 0)), *many], at_once=2)
     assert not (folder / "a2").exists() and not (folder / "n39").exists()
     with pytest.raises(KeyboardInterrupt):
-        run_beside(sweeps(("a", "a1", "", 130)))
+        run_beside(sweeps(("a", "a1", "", 130)), at_once=2)
+
+
+def test_every_failure_is_told(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a1  3 ended with exit code 3.*\n.*b1  4 ended with exit code 4"):
+        run_beside(sweeps(("a", "a1", "", 3), ("b", "b1", "", 4)), at_once=2)
+
+
+def test_what_cannot_be_started_stops_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sage_bench.cli.paper.SAGE_RUN", (str(folder / "no_such_program"),))
+    with pytest.raises(FileNotFoundError, match="no_such_program"):
+        run_beside(sweeps(*((f"s{i}", f"n{i}", "", 0) for i in range(9))), at_once=1)

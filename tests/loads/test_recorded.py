@@ -93,6 +93,10 @@ def test_requests_arrive_when_they_did_and_are_as_long_as_they_were(record: Reco
     ]  # fmt: skip
     assert load.ended(500, 0) is None
     assert load.files() == [str(folder / "steps.parquet")]
+    (folder / "tasks.parquet").touch()
+    assert load.files() == [str(folder / "steps.parquet"), str(folder / "tasks.parquet")], (
+        "sizes of results are read there"
+    )
     assert load.limits == (None, None)
     assert [note for note in load.notes if "shared prefix" not in note] == []
 

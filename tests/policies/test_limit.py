@@ -93,7 +93,7 @@ def test_a_due_time_out_of_reach_does_not_break_up_batches(replicas):
 def test_a_batch_has_no_more_work_than_asked(replicas):
     # 1e4 ns a token and 1e6 ns fixed: 500 tokens work 5 ms; ten times the fixed time is 1,000 tokens.
     queue = embedding_queue(input_tokens=600)
-    for batch_ns, batch in ((12 * MILLISECOND, 1200), (5 * MILLISECOND, 1000), (0, 1000)):
+    for batch_ns, batch in ((12 * MILLISECOND, 1200), (5 * MILLISECOND, 1000), (1, 1000)):
         limit = HybridLimit(batch_ns=batch_ns)
         view = replicas(in_flight=[3, 0], batch_tokens_max=[1100, 0], tasks_max=[64, 64])
         limits = limit.limit(0, view, queue)
@@ -103,8 +103,19 @@ def test_a_batch_has_no_more_work_than_asked(replicas):
         "600 tokens are a full batch"
     )
     assert HybridLimit(batch_ns=7 * MILLISECOND).limit(0, cheap, queue).hold_until[0] > 0
+    off = HybridLimit(batch_ns=0).limit(0, replicas(in_flight=[3], batch_tokens_max=[1100]), queue)
+    assert off.prefill_tokens_max[0] == 2200, "the engine's own size"
     unknown = replicas(in_flight=[0], batch_tokens_max=[0], input_token_ns=[0.0])
     assert HybridLimit().limit(0, unknown, queue).prefill_tokens_max[0] == NEVER
+
+
+@pytest.mark.parametrize(("in_flight", "room"), [(1, True), (2, False)])
+def test_behind_one_text_there_is_room_for_another_however_long(replicas, in_flight, room):
+    view = replicas(
+        in_flight=[in_flight], prefill_tokens=[5000], batch_tokens_max=[0], fixed_ns=[0.0], input_token_ns=[1e4]
+    )
+    limits = HybridLimit(batch_ns=5 * MILLISECOND).limit(0, view, embedding_queue(input_tokens=5000))
+    assert (int(limits.prefill_tokens_max[0]) > 5000) is room and limits.hold_until[0] == 0
 
 
 def test_when_held_it_opens_at_the_instant_it_said(replicas):

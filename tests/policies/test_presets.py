@@ -198,6 +198,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_names():
         ({"window_s": "soon"}, "window_s"),
         ({"starvation_s": 1e9}, "starvation_s"),
         ({"tpot_s": "abc"}, "tpot_s"),
+        ({"batch_s": 0}, "batch_s"),
         ({"tpot_s": -1}, "tpot_s"),
         ({"fairness_weight": float("inf")}, "fairness_weight"),
         ({"share_penalty": float("inf")}, "route.share_penalty"),

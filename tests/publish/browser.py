@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +27,22 @@ class Seen:
     console: list[str] = field(default_factory=list)
     width: int = 0
     screenshot: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Tab:
+    """A page that is open."""
+
+    send: Callable[[str, dict[str, Any]], dict[str, Any]]
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        return self.send(method, params)
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression, awaited if it is a promise."""
+        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
 
 
 class Browser:
@@ -63,36 +81,37 @@ class Browser:
         os.close(self._down)
         self._up.close()
 
-    def look(self, page: Path, width: int, *, dark: bool = False, tall: bool = False) -> Seen:
-        """Open ``page`` in a tab ``width`` CSS pixels wide. tall: the screenshot is of the whole page."""
+    @contextlib.contextmanager
+    def tab(self, url: str, width: int = 1280, *, dark: bool = False) -> Iterator[Tab]:
+        """Open ``url`` in a tab ``width`` CSS pixels wide; it is loaded."""
         target = self._call("Target.createTarget", {"url": "about:blank"})["targetId"]
         session = self._call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
-
-        def call(method: str, **params: Any) -> dict[str, Any]:
-            return self._call(method, params, session)
-
+        tab = Tab(lambda method, params: self._call(method, params, session))
         for domain in ("Page", "Network", "Log", "Runtime"):
-            call(f"{domain}.enable")
+            tab.call(f"{domain}.enable")
         screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        call("Emulation.setDeviceMetricsOverride", **screen)
+        tab.call("Emulation.setDeviceMetricsOverride", **screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        call("Emulation.setEmulatedMedia", features=[scheme])
+        tab.call("Emulation.setEmulatedMedia", features=[scheme])
         self._events.clear()
-        call("Page.navigate", url=page.as_uri())
+        tab.call("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._events.append(self._read())
+        yield tab
+        self._call("Target.closeTarget", {"targetId": target})
+
+    def look(self, page: Path, width: int, *, dark: bool = False, tall: bool = False) -> Seen:
+        """Open ``page`` in a tab ``width`` CSS pixels wide. tall: the screenshot is of the whole page."""
         seen = Seen()
-        found = call("Runtime.evaluate", expression="document.documentElement.scrollWidth")
-        seen.width = int(found["result"]["value"])
-        seen.screenshot = base64.b64decode(
-            call("Page.captureScreenshot", format="png", captureBeyondViewport=tall)["data"]
-        )
+        with self.tab(page.as_uri(), width, dark=dark) as tab:
+            seen.width = int(tab.evaluate("document.documentElement.scrollWidth"))
+            picture = tab.call("Page.captureScreenshot", format="png", captureBeyondViewport=tall)
+            seen.screenshot = base64.b64decode(picture["data"])
         for event in self._events:
             if event["method"] == "Network.requestWillBeSent":
                 seen.requests.append(event["params"]["request"]["url"])
             elif event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
                 seen.console.append(json.dumps(event["params"]))
-        self._call("Target.closeTarget", {"targetId": target})
         return seen
 
     def _call(self, method: str, params: dict[str, Any], session: str | None = None) -> dict[str, Any]:

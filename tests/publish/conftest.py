@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,25 @@ from sage_bench.studies.study import Experiments, Study, evidence, experiments_i
 from sage_bench.tables import Sheet
 
 RATES = (10, 120)
+
+
+def _browser() -> ModuleType:
+    """``browser.py`` beside this file; importlib mode has no import path to it."""
+    spec = importlib.util.spec_from_file_location("sage_tests_browser", Path(__file__).parent / "browser.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["sage_tests_browser"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A headless Chromium: ``look`` at a page, or open a ``tab``."""
+    module = _browser()
+    if module.CHROMIUM is None:
+        pytest.skip("no Chromium on PATH; on Debian: sudo tools/install-debian.sh --report")
+    with module.Browser(tmp_path / "profile") as running:
+        yield running
 
 
 def findings(experiments: Experiments) -> Findings:

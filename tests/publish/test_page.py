@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from sage_bench.publish.chapter import Chapter
@@ -20,38 +17,22 @@ from sage_bench.studies.findings import TableOf
 from sage_bench.tables import Sheet
 
 
-def _browser() -> ModuleType:
-    """``browser.py`` beside this file; importlib mode has no import path to it."""
-    spec = importlib.util.spec_from_file_location("sage_tests_browser", Path(__file__).parent / "browser.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["sage_tests_browser"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BROWSER = _browser()
-
-
-@pytest.mark.skipif(
-    BROWSER.CHROMIUM is None, reason="no Chromium on PATH; on Debian: sudo tools/install-debian.sh --report"
-)
-def test_the_page_in_a_browser(chapter: Chapter, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(chapter: Chapter, tmp_path: Path, browser: Any) -> None:
     wide = Sheet("Wide", [f"column {i}\n(req/s)" for i in range(30)], [["1,234.5 ±0.1"] * 30] * 3)
     words = Sheet("Words", ["what"], [["one-very-long-identifier-" * 20], ["many words of prose " * 40]])
     tables = [*chapter.findings.tables, TableOf("wide", "Wide.", wide), TableOf("words", "Long.", words)]
     chapter = replace(chapter, findings=replace(chapter.findings, tables=tables))
     write_chapters([chapter], ledger([chapter]), tmp_path / "report", title="Test", of_the_paper=True)
     page = tmp_path / "report" / "report.html"
-    with BROWSER.Browser(tmp_path / "profile") as browser:
-        light = {}
-        for width in (390, 1280):
-            seen = browser.look(page, width)
-            assert seen.console == []
-            assert [url for url in seen.requests if not url.startswith("data:")] == [page.as_uri()]
-            assert seen.width <= width, "the page is wider than the screen"
-            light[width] = _pixels(seen.screenshot)
-            assert light[width].std() > 10, "the page is blank"
-        dark = _pixels(browser.look(page, 1280, dark=True).screenshot)
+    light = {}
+    for width in (390, 1280):
+        seen = browser.look(page, width)
+        assert seen.console == []
+        assert [url for url in seen.requests if not url.startswith("data:")] == [page.as_uri()]
+        assert seen.width <= width, "the page is wider than the screen"
+        light[width] = _pixels(seen.screenshot)
+        assert light[width].std() > 10, "the page is blank"
+    dark = _pixels(browser.look(page, 1280, dark=True).screenshot)
     assert np.median(light[1280]) > 200 and np.median(dark) < 60
 
 

@@ -20,6 +20,7 @@ from sage_bench.results.manifest import NAME
 from sage_bench.studies import e2e_rag
 from sage_bench.studies.e2e_rag import E2E_RAG
 from sage_bench.studies.findings import Findings
+from sage_bench.studies.points import Ratio
 from sage_bench.studies.study import experiments_in
 from sage_core.errors import DataError
 
@@ -114,7 +115,7 @@ def test_a_close_look_needs_a_rate_that_all_arms_have(results: Path, tmp_path: P
 def test_claims_are_adjusted_for_how_many_there_are(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attainment, p95 and p99 against one arm: three at once."""
     monkeypatch.setattr(e2e_rag, "against", lambda *_: Paired(Interval(0.1, 0.05, 0.15, 5), 0.02))
-    monkeypatch.setattr(e2e_rag, "relative", lambda *_: Interval(0.9, 0.8, 1.0, 5))
+    monkeypatch.setattr(e2e_rag, "ratio", lambda *_: Ratio(Interval(0.9, 0.8, 1.0, 5), 0.02))
     claims = E2E_RAG.findings(experiments_in(results, E2E_RAG)).claims
     compared = {each.id: each.outcome for each in claims if each.id.endswith("-hybrid_no_path")}
     assert len(compared) == 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from hydra import compose, initialize_config_module
 
@@ -13,7 +15,7 @@ from sage_bench.results.reader import Run
 from sage_bench.run import run
 from sage_bench.studies.e2e_rag import E2E_RAG
 from sage_bench.studies.heterogeneous import HETEROGENEOUS
-from sage_bench.studies.points import about, cell, choice_of, plain, span
+from sage_bench.studies.points import about, cell, choice_of, plain, ratio, span
 from sage_bench.studies.robustness import ROBUSTNESS
 from sage_bench.studies.scalability import SCALABILITY
 from sage_bench.studies.study import FOLDERS, Size, Study, folder_of
@@ -58,3 +60,17 @@ def test_words() -> None:
     assert span(Interval(2.0, 1.0, 3.0, 5)) == " (95 %: 1.00 to 3.00)"
     assert span(Interval(2.0, float("nan"), float("nan"), 1)) == ""
     assert (plain(1000.0), about(156_682.3)) == ("1,000", "160,000")
+
+
+def test_a_ratio_is_tested_as_it_is_told() -> None:
+    """The sign of the mean difference is another question: where one seed is ten times as slow, it is that seed's alone."""
+    seeds = range(1, 9)
+    baseline = pd.DataFrame({"seed": seeds, "x": [100.0] * 7 + [1000.0]})
+    other = pd.DataFrame({"seed": seeds, "x": [110.0] * 7 + [800.0]})
+    found = ratio(baseline, other, "x")
+    assert found.ratio.n == 8 and found.ratio.mean == pytest.approx(np.exp(np.mean(np.log([1.1] * 7 + [0.8]))))
+    assert found.ratio.low < 1 < found.ratio.mean < found.ratio.high and found.p > 0.05
+    always = ratio(baseline, baseline.assign(x=baseline["x"] * np.linspace(1.1, 1.2, 8)), "x")
+    assert 1.1 < always.ratio.low < always.ratio.mean < always.ratio.high < 1.2 and always.p < 1e-4
+    assert ratio(baseline, other[other["seed"] < 2], "x").ratio.n == 1
+    assert ratio(baseline, other[other["seed"] > 99], "x").ratio.n == 0
