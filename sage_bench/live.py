@@ -38,13 +38,14 @@ from sage_bench.gateway_process import JOB, SERVED, Job, Told
 from sage_bench.host_samples import sampling, write_host
 from sage_bench.live_manifest import Started, write_live_manifest
 from sage_bench.results.manifest import Status
-from sage_bench.run import prepare, run_id, traces_of
+from sage_bench.results.writer import flag_outside
+from sage_bench.run import cooldown_begins, prepare, run_id, traces_of
 from sage_bench.serving import Served
 from sage_core.errors import ConfigError, EngineError, SageError
 from sage_core.events import ReplicaJoined
 from sage_core.load import Arrivals, ColumnLoad, Load
 from sage_core.rng import Streams
-from sage_core.units import PoolKind, RequestKind
+from sage_core.units import NEVER, PoolKind, RequestKind, seconds
 from sage_live.adapters import adapter
 from sage_live.health import State
 from sage_live.http_engine import EngineSpec
@@ -113,11 +114,14 @@ def run_live(
         if isinstance(error, _InterruptedError):
             raise KeyboardInterrupt from None
         raise
+    window = _window(parts, seen)
     verdict = summary(seen.measured, fixed_lengths=config.driver.exact_output)
     write_client(
         folder / "client.parquet",
-        client_table(_on_gateway_clock(seen), seen.measured.gaps, round(config.warmup_s * 1e9)),
+        client_table(_on_gateway_clock(seen), seen.measured.gaps, *window),
     )
+    if seen.told is not None:
+        flag_outside(folder / "requests.parquet", *window)
     host = write_host(folder, seen.measured.start_ns if seen.told is None else seen.told.origin_ns)
     unknown = Served(0, b"", 0, 0.0, {}, [], parts.policy.name, 0, engines=seen.specs)  # it could not tell any more
     served = unknown if seen.told is None else seen.told.served(seen.specs)
@@ -135,6 +139,7 @@ def run_live(
         round_trips=seen.round_trips,
         rate=getattr(parts.load, "rate", None),
         overrides=overrides,
+        window=(window[0], None if window[1] == NEVER else window[1]),
         traces=traces_of(parts.load),
         profiles=parts.profiles,
         price_per_h=price_per_h(config, parts.profiles),
@@ -540,10 +545,21 @@ async def _options(parts: Parts, driver: LiveDriverConfig, url: str, specs: Sequ
     return replace(options, models=measured)
 
 
+def _load_began(seen: _Seen) -> int:
+    """On the gateway's clock, ns; 0 where the gateway cannot tell any more."""
+    return 0 if seen.told is None else seen.measured.start_ns - seen.told.origin_ns
+
+
+def _window(parts: Parts, seen: _Seen) -> tuple[int, int]:
+    """What counts, as in a simulation: from the end of the load's warm-up to the begin of its cool-down, on the gateway's clock."""
+    began, cooldown_at = _load_began(seen), cooldown_begins(parts)
+    return began + seconds(parts.config.warmup_s), NEVER if cooldown_at == NEVER else began + cooldown_at
+
+
 def _on_gateway_clock(seen: _Seen) -> NDArray[np.int64]:
     """The client's instants counted from the gateway's start, as those of the other tables; from the start of the load
     where the gateway cannot tell any more."""
-    shift = 0 if seen.told is None else seen.measured.start_ns - seen.told.origin_ns
+    shift = _load_began(seen)
     rows = seen.measured.rows.copy()
     for name in ("scheduled_ns", "sent_ns", "first_token_ns", "ended_ns"):
         column = rows[:, FIELDS.index(name)]

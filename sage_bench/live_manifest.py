@@ -65,6 +65,7 @@ def write_live_manifest(
     round_trips: Mapping[str, int] | None = None,
     rate: float | None = None,
     overrides: Sequence[str] = (),
+    window: tuple[int, int | None] | None = None,
     traces: Sequence[Path] = (),
     profiles: Mapping[str, Profile] | None = None,
     price_per_h: float | None = None,
@@ -73,7 +74,8 @@ def write_live_manifest(
     host: HostFact | None = None,
 ) -> Manifest:
     """What a simulated run's says, from a gateway's life; "failed" whatever ``status`` says if its control plane broke.
-    versions, round_trips (ns): of the engines, by URL. profiles: of emulated engines. generator: what the load generator measured of itself. host: what was
+    versions, round_trips (ns): of the engines, by URL. window: what counts, on the gateway's clock (ns; None: to the end), by default all
+    but the first ``warmup_s`` of its life. profiles: of emulated engines. generator: what the load generator measured of itself. host: what was
     sampled of the machine. OutputError."""
     return write_manifest(
         folder,
@@ -101,7 +103,8 @@ def write_live_manifest(
             started.load_average,
         ),
         native_build=native_build() if config.mechanism == "native" else "reference",
-        warmup_ns=seconds(config.warmup_s),
+        warmup_ns=seconds(config.warmup_s) if window is None else window[0],
+        cooldown_at_ns=None if window is None else window[1],
         traces=traces,
         profiles={name: profile_path(name) for name in profiles or ()},
         replicas=tuple(ReplicaFact(**row) for row in served.replicas),

@@ -98,7 +98,7 @@ def run_planned(plan: Planned, overrides: Sequence[str] = (), tick: Tick | None 
     wall = time.perf_counter()
     load_average = os.getloadavg()
     prepare(folder, plain)
-    cooldown_at = _cooldown_at(parts)
+    cooldown_at = cooldown_begins(parts)
     driver: SimDriver | None = None
     status: Status = "failed"
     try:
@@ -244,7 +244,7 @@ def prepare(folder: Path, plain: dict[str, Any]) -> None:
         raise output_error(folder, error) from error
 
 
-def _cooldown_at(parts: Parts) -> int:
+def cooldown_begins(parts: Parts) -> int:
     """When the cool-down begins: ``cooldown_s`` before the end of a load of known duration."""
     until: int | None = getattr(getattr(parts.load, "limits", None), "until", None)
     if not parts.config.cooldown_s or until is None:

@@ -165,6 +165,23 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: cannot be written: {why}; {do}")
 
 
+def flag_outside(path: Path, first_ns: int, end_ns: int) -> None:
+    """Set ``warmup`` of ``requests.parquet`` anew: of all that was scheduled before ``first_ns`` or from ``end_ns`` on. Who writes the rows
+    of a live run does not know yet when its load begins. OutputError; no file, nothing to flag."""
+    if not path.exists():
+        return
+    table = pq.read_table(path)
+    at = table["scheduled_ns"].to_numpy()
+    flags = pa.array(~((first_ns <= at) & (at < end_ns)))
+    file = TableFile(path, table.schema)
+    try:
+        named = table.set_column(table.schema.get_field_index("warmup"), table.schema.field("warmup"), flags)
+        for first in range(0, named.num_rows, BUFFER_ROWS):
+            file.write(named.slice(first, BUFFER_ROWS))
+    finally:
+        file.close()
+
+
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
     """Arguments of ``ParquetWriter``; the module says why these."""
     labels = [field.name for field in schema if pa.types.is_dictionary(field.type)]

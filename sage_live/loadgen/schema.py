@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sage_core.slo import SloTable
+from sage_core.units import NEVER
 
 _LABEL = pa.dictionary(pa.int32(), pa.string())
 
@@ -80,10 +81,13 @@ CLIENT = pa.schema(
 _NULLABLE = ("sent_ns", "first_token_ns", "ended_ns", "status", "input_tokens", "output_tokens")
 
 
-def client_table(rows: NDArray[np.int64], gaps: NDArray[np.int64] | None, warmup_ns: int) -> pa.Table:
+def client_table(
+    rows: NDArray[np.int64], gaps: NDArray[np.int64] | None, first_ns: int, end_ns: int = NEVER
+) -> pa.Table:
     """``rows`` (n, len(FIELDS)) in order of request as a table of schema CLIENT.
 
     gaps: inter-chunk gaps of all rows, row after row, max(chunks - 1, 0) of each; None where they were not kept.
+    first_ns, end_ns: what is scheduled between them counts, the rest is flagged ``warmup``.
     """
     columns = dict(zip(FIELDS, rows.T, strict=True))
     arrays = {name: pa.array(columns[name], mask=columns[name] < 0 if name in _NULLABLE else None) for name in FIELDS}
@@ -96,7 +100,7 @@ def client_table(rows: NDArray[np.int64], gaps: NDArray[np.int64] | None, warmup
     else:
         ends = np.cumsum(gap_counts(columns["chunks"]))
         arrays["itl_ns"] = pa.LargeListArray.from_arrays(np.concatenate(([0], ends)), gaps)
-    arrays["warmup"] = pa.array(columns["scheduled_ns"] < warmup_ns)
+    arrays["warmup"] = pa.array((columns["scheduled_ns"] < first_ns) | (columns["scheduled_ns"] >= end_ns))
     return pa.table({field.name: arrays[field.name].cast(field.type) for field in CLIENT}, schema=CLIENT)
 
 

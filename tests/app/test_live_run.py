@@ -36,6 +36,7 @@ SHORT = (
     "load.rate=25",
     "load.duration_s=4",
     "warmup_s=1",
+    "cooldown_s=0.5",
 )
 
 
@@ -89,6 +90,24 @@ def test_lengths_are_those_of_the_load(done: LiveResult) -> None:
     assert gaps.max() - gaps.min() <= 1, "arrivals are scheduled as in the simulation, from another instant"
     spans = (ours["due_ns"] - ours["scheduled_ns"], model["due_ns"] - model["scheduled_ns"])
     assert (spans[0] - spans[1]).abs().max() < 1_000_000
+
+
+def test_what_counts_is_what_counts_in_a_simulation(done: LiveResult) -> None:
+    """Requests of warm-up and cool-down are counted from the begin of the load, not of the gateway's life."""
+    simulated = run(composed([*SHORT, f"results={done.folder.parent.parent / 'simulated'}"]))
+    frames = [
+        pd.read_parquet(folder / name).set_index("request").sort_index()
+        for folder, name in (
+            (simulated.folder, "requests.parquet"), (done.folder, "requests.parquet"), (done.folder, "client.parquet")
+        )
+    ]  # fmt: skip
+    flags = [frame["warmup"].tolist() for frame in frames]
+    assert flags[0] == flags[1] == flags[2]
+    first, last = flags[0].index(False), len(flags[0]) - flags[0][::-1].index(False)
+    assert 0 < first < last < len(flags[0]), "some of the load is warm-up, and some cool-down"
+    ours, model = read_manifest(done.folder), read_manifest(simulated.folder)
+    assert ours.cooldown_at_ns is not None and model.cooldown_at_ns is not None
+    assert ours.cooldown_at_ns - ours.warmup_ns == model.cooldown_at_ns - model.warmup_ns
 
 
 def test_the_client_saw_what_the_gateway_wrote(done: LiveResult) -> None:
