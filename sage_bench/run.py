@@ -129,7 +129,7 @@ def run_planned(plan: Planned, overrides: Sequence[str] = (), tick: Tick | None 
                 control_s=reached.control_s,
                 timing=Timing(started_at.isoformat(), time.perf_counter() - wall, reached.total_s, load_average),
                 native_build=native_build() if config.mechanism == "native" else "reference",
-                warmup_ns=seconds(config.warmup_s),
+                warmup_ns=_warmup_ends(parts),
                 cooldown_at_ns=None if cooldown_at == NEVER else cooldown_at,
                 traces=traces_of(parts.load),
                 profiles={name: profile_path(name) for name in parts.profiles},
@@ -154,7 +154,7 @@ def _recorder(
     config = parts.config
     pipelines = {name: [(stage.op.name, stage.op.pool) for stage in p.stages] for name, p in parts.pipelines.items()}
     about: dict[str, Any] = {
-        "warmup_ns": seconds(config.warmup_s),
+        "warmup_ns": _warmup_ends(parts),
         "cooldown_at": cooldown_at,
         "tasks": config.record.tasks,
     }
@@ -242,6 +242,11 @@ def prepare(folder: Path, plain: dict[str, Any]) -> None:
         (folder / sources.NAME).write_text(f"{sources.sources_digest(plain)}\n", encoding="ascii")
     except OSError as error:
         raise output_error(folder, error) from error
+
+
+def _warmup_ends(parts: Parts) -> int:
+    """``warmup_s`` after the begin of the load, which is that of the run but for what a gateway recorded."""
+    return int(getattr(parts.load, "began", 0)) + seconds(parts.config.warmup_s)
 
 
 def cooldown_begins(parts: Parts) -> int:

@@ -40,7 +40,7 @@ class RecordedLoad:
     """A :class:`sage_core.load.Load`. run: the folder of a run that wrote its log. Ids are those of the log.
 
     notes: what of the run cannot be repeated, a sentence each. limits: the end of the run's own load where it had one,
-    so that its cool-down is the same.
+    so that its cool-down is the same. began: when that load began, for its warm-up: live, after the gateway.
     """
 
     def __init__(self, run: str | None, *, streams: Streams, slo: SloTable) -> None:
@@ -60,6 +60,7 @@ class RecordedLoad:
         self._results = _results(folder)
         self._lengths, unknown = seen.lengths(streams.stream("load/recorded/output_tokens"))
         self.limits = Limits(None, _load_end(manifest))
+        self.began = Nanos(max(manifest.warmup_ns - seconds(float(manifest.config.get("warmup_s", 0.0))), 0))
         self.notes = seen.notes(manifest, unknown)
 
     def arrivals(self) -> Iterator[Arrival]:

@@ -51,7 +51,6 @@ def twin(run: Path, overrides: Sequence[str], name: str, results: Path) -> dict[
     ways = [engine.round_trip_ns for engine in manifest.engines if engine.round_trip_ns is not None]
     if ways:
         OmegaConf.update(config, "cluster.network", {"delay_s": statistics.median(ways) / 2e9, "jitter_s": 0.0})
-    OmegaConf.update(config, "warmup_s", manifest.warmup_ns / 1e9)  # on the record's clock, on which its requests come
     _override(config, parsed)
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]  # it was made of one
     made = plain | {

@@ -122,7 +122,15 @@ def test_a_load_chooses_what_it_needs_and_a_user_chooses_otherwise() -> None:
 def test_deadlines_by_the_critical_path_help_questions_beside_urgent_documents(go: Go) -> None:
     attainment = {}
     for deadlines in ("critical_path", "request"):
-        run = Run(go("experiment=deadlines", f"pipeline.deadlines={deadlines}", "load.duration_s=40", "seed=1").folder)
+        run = Run(
+            go(
+                "experiment=deadlines",
+                f"pipeline.deadlines={deadlines}",
+                "load.rate=95",
+                "load.duration_s=40",
+                "seed=1",
+            ).folder
+        )
         requests = run.frame("requests", ("kind", "good", "warmup"))
         counted = requests[~requests["warmup"] & (requests["kind"] == "chat")]
         attainment[deadlines] = counted["good"].mean()

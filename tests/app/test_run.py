@@ -118,7 +118,7 @@ class TestManifest:
         profiles = {d[role]["profile"] for d in manifest["config"]["cluster"]["devices"] for role in d if role in ("llm", "embed")}  # fmt: skip
         assert set(manifest["profiles"]) == profiles
         assert manifest["load"]["rate"] == 60 and manifest["load"]["parameters"]["classes"]
-        assert manifest["trace"] is None
+        assert manifest["traces"] == []
 
     def test_procedure(self, manifest: dict[str, Any], recorded_once: Path) -> None:
         assert manifest["warmup_ns"] == 10_000_000_000
@@ -151,7 +151,7 @@ class TestManifest:
         assert manifest.price_per_h == pytest.approx(4 * 3.4309 + 0.8048)
 
     def test_a_trace_is_named_with_its_checksum(self, go: Go, trace: Path) -> None:
-        fact = read_manifest(go("load=trace", f"load.path={trace}").folder).trace
+        fact = read_manifest(go("load=trace", f"load.path={trace}").folder).traces[0]
         assert fact is not None and fact.path == str(trace) and fact.rows == 40
         assert fact.sha256 == hashlib.sha256(trace.read_bytes()).hexdigest()
 

@@ -159,6 +159,12 @@ def test_what_cannot_be_repeated_is_told(record: Record) -> None:
 def test_the_cool_down_begins_where_it_did(record: Record) -> None:
     folder = record([(0, (asked(0),))], cooldown_at_ns=4_000_000_000, config={"cooldown_s": 1.5})
     assert load_of(folder).limits.until == 5_500_000_000
+    assert load_of(folder).began == 0
+
+
+def test_a_load_that_began_after_its_gateway(record: Record) -> None:
+    folder = record([(0, (asked(0),))], warmup_ns=1_250_000_000, config={"warmup_s": 1.0})
+    assert load_of(folder).began == 250_000_000, "its warm-up is of the load"
 
 
 def test_a_simulated_run_gives_back_its_load(tmp_path: Path) -> None:
