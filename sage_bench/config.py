@@ -195,6 +195,7 @@ class LiveDriverConfig(_Strict, frozen=True, tag_field="kind", tag="live"):
     by which prompts have exact lengths; null: about as long. exact_output: engines are told to generate as many tokens
     as the load says (``ignore_eos``); else they stop by themselves. indexes: folders of the indexes that pipelines name. stream: LLM answers are streamed. processes: of the
     load generator. drain_s: what may pass after the last arrival of an open loop; then what has no answer is given up.
+    watch_core: number of the core of this machine on which the engine runs, whose speed is recorded; null: it is not.
     """
 
     engines: list[str] = []
@@ -206,6 +207,7 @@ class LiveDriverConfig(_Strict, frozen=True, tag_field="kind", tag="live"):
     stream: bool = True
     processes: Positive = 1
     drain_s: Seconds = 120.0
+    watch_core: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class RecordConfig(_Strict, frozen=True):

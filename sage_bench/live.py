@@ -33,6 +33,7 @@ from omegaconf import DictConfig
 
 from sage_bench.compose import Parts, device_makers, make, make_parts, price_per_h
 from sage_bench.config import DeviceConfig, LiveDriverConfig, LlmConfig, checked
+from sage_bench.core_speed import SAMPLES, watching, write_core_speed
 from sage_bench.discovery import check_url, versions_of
 from sage_bench.gateway_process import JOB, SERVED, Job, Told
 from sage_bench.host_samples import sampling, write_host
@@ -122,7 +123,9 @@ def run_live(
     )
     if seen.told is not None:
         flag_outside(folder / "requests.parquet", *window)
-    host = write_host(folder, seen.measured.start_ns if seen.told is None else seen.told.origin_ns)
+    origin_ns = seen.measured.start_ns if seen.told is None else seen.told.origin_ns
+    host = write_host(folder, origin_ns)
+    write_core_speed(folder, origin_ns)
     unknown = Served(0, b"", 0, 0.0, {}, [], parts.policy.name, 0, engines=seen.specs)  # it could not tell any more
     served = unknown if seen.told is None else seen.told.served(seen.specs)
     failure = seen.ended or served.broken or _nothing_answered(seen)
@@ -308,6 +311,8 @@ async def _measure(parts: Parts, driver: LiveDriverConfig, folder: Path, tell: T
         running.push_async_callback(gateway.stop)
         heads[gateway.pid] = "gateway"
         await running.enter_async_context(sampling(folder, heads))
+        if driver.watch_core is not None:
+            running.enter_context(watching(driver.watch_core, folder / SAMPLES))
         await _unless(stop, _all_healthy(gateway.url, len(specs)))
         versions = await _unless(stop, versions_of(specs))
         round_trips = {

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from sage_bench.core_speed import NAME as CORE_SPEED
 from sage_bench.metrics.bootstrap import Measured, block_ns, bootstrap
 from sage_bench.metrics.definitions import LATENCIES, METRICS
 from sage_bench.metrics.measure import ALL, measure
@@ -232,6 +233,11 @@ def _notes(real: Run, repeated: bool, requests: pd.DataFrame, results: Sequence[
         notes.append(
             "the recorded run was simulated, and simulating it again made other decisions: another native build, or the "
             "log does not hold all of its load (see the other notes)"
+        )
+    if (real.folder / CORE_SPEED).exists():
+        notes.append(
+            "the core of the recorded run was watched; what is simulated here runs at the speed of the profile's reference, "
+            "so differences between policies hold for that speed (sage validate simulates at the core's)"
         )
     length = block_ns(requests["scheduled_ns"].to_numpy())
     slowest = float(requests["e2e_ns"].quantile(0.99))

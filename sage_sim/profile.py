@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 import yaml
@@ -151,12 +151,18 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """``count`` equal devices run the model together (tensor parallel). Memory and TDP are of one; None: not known."""
+    """``count`` equal devices run the model together (tensor parallel). Memory and TDP are of one; None: not known.
+
+    probe_us: the times hold while a probe on the engine's core takes that long (:mod:`sage_bench.core_speed`), and where it takes
+    x times as long they are x ** probe_power times as long; of a core of a shared machine alone.
+    """
 
     device: str
     count: int
     memory_gib: float | None = None
     tdp_w: float | None = None
+    probe_us: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    probe_power: Annotated[float, msgspec.Meta(ge=0)] = 1.0
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

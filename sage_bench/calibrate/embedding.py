@@ -24,7 +24,7 @@ from sage_bench.calibrate.llm import (
     ROUNDS_SHARE,
     Tried,
 )
-from sage_bench.calibrate.observation import Condition, Observation, Repeated, repeated
+from sage_bench.calibrate.observation import Condition, Observation, Repeated, mean_scatter, repeated
 from sage_bench.calibrate.shots import Answers, Range, Shot
 from sage_bench.calibrate.twin import measured, simulated
 from sage_core.rng import Streams
@@ -89,10 +89,14 @@ async def calibrate(
         rounds += 1
         round_s = max(round_s, time.monotonic() - round_began)
     say(f"{rounds} rounds of {len(volleys)} volleys in {time.monotonic() - began:.1f} s")
-    observations = repeated([each for answers in fired for each in _batches(answers, batching)])
+
+    def observed(answers: Sequence[Answers]) -> list[Repeated]:
+        return repeated([each for volley in answers for each in _batches(volley, batching)])
+
+    observations = observed(await at.timed(fired, lambda answers: mean_scatter(observed(answers))))
     knots = sorted({work.prefill_tokens for each in observations for _, work in each.median.works})
     terms = Terms(_thinned(knots))
-    fit, errors = terms.solved(observations), terms.errors(observations, streams)
+    fit, errors = terms.solved(observations, streams)
     replica = replica_of(fit, batching)
     tried = await _tried(at, replica, batching, budget_s, streams, say)
     return CalibratedEmbedding(
@@ -178,7 +182,7 @@ async def _tried(
     for share in LOADS:
         shots = _held_out(batching, share * capacity, span_s, streams, f"calibrate/load {share}")
         say(f"held-out load: {len(shots)} texts at {share * capacity:.1f} a second, {100 * share:.0f} % of capacity")
-        answers = [await at.shoot(shots) for _ in range(REPEATS)]
+        answers = await at.timed([await at.shoot(shots) for _ in range(REPEATS)])
         twins = [simulated(replica, each.shots, each.sent_ns) for each in answers]
         tried.append(Tried(share, share * capacity, [measured(each) for each in answers], twins))
     return tried

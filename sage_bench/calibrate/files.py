@@ -23,6 +23,7 @@ from sage_bench.calibrate.embedding import CalibratedEmbedding
 from sage_bench.calibrate.engine import Facts
 from sage_bench.calibrate.llm import REPEATS, Calibrated, LlmEngine, Tried
 from sage_bench.calibrate.observation import Repeated
+from sage_bench.core_speed import Reference
 from sage_core.errors import OutputError
 from sage_sim.profile import Check, Engine, Hardware, Memory, Model, Profile, Source, Valid
 
@@ -33,7 +34,8 @@ DOUBTFUL = 0.1
 
 
 class Origin(NamedTuple):
-    """How the profile came about. assumed: settings that the engine did not state and the user did not give."""
+    """How the profile came about. assumed: settings that the engine did not state and the user did not give. reference: of its
+    core's speed, where that was watched."""
 
     name: str
     facts: Facts
@@ -42,6 +44,7 @@ class Origin(NamedTuple):
     interface: str
     device: str | None
     assumed: Sequence[str]
+    reference: Reference | None
 
 
 class Figure(NamedTuple):
@@ -237,13 +240,22 @@ def _checks(tried: Sequence[Tried]) -> list[Check]:
 
 def _assumptions(origin: Origin) -> list[str]:
     unknown = "the model's precision and size are not told over HTTP; parameters 0 stands for not known"
-    return [*origin.assumed, unknown]
+    found = [*origin.assumed, unknown]
+    if origin.reference is not None:
+        found.append(
+            f"times are work time of the engine's core: seconds in which the probe takes {origin.reference.us:.2f} us, its mean while "
+            f"the conditions were measured; they go with its power of {origin.reference.power:g}, by which repetitions scatter least"
+        )
+    return found
 
 
 def _hardware(origin: Origin) -> Hardware:
     host = origin.facts.host
     device = origin.device or ("unknown" if host is None else host.cpu)
-    return Hardware(device, 1, 1.0 if host is None else round(host.memory_bytes / 2**30, 3))
+    memory_gib = 1.0 if host is None else round(host.memory_bytes / 2**30, 3)
+    if origin.reference is None:
+        return Hardware(device, 1, memory_gib)
+    return Hardware(device, 1, memory_gib, probe_us=round(origin.reference.us, 3), probe_power=origin.reference.power)
 
 
 def _memory(origin: Origin, kv_tokens: int) -> Memory:

@@ -3,12 +3,15 @@
 An observed time is a sum of iterations, and an iteration is linear in the values at the knots, so all of them are one
 system of linear equations. It is solved by least squares on *relative* errors with non-negative unknowns; a condition
 whose repetitions scatter counts for less. Attention never falls with sequences or context; the curve over tokens may
-(kernels change with size), but not at its end, which goes on. What the equations leave open is decided by two small
-prices:
+(kernels change with size), but not at its end, which goes on. What the equations leave open is decided by prices:
 
-* between knots that no observation tells apart, the curve is straight;
+* the curve over tokens, and attention over sequences and over context, bend little;
+* what a mixed iteration takes that neither its tokens nor its decodes explain is small;
 * attention of a lone sequence of the shortest context is as small as the observations allow. What further sequences take
   whatever their context stays with it: on engines that stream, much of that is sending their tokens.
+
+How much the first two weigh is decided by the errors on conditions that are left out (:data:`STIFFNESS`): an engine that repeats
+itself shows every bend of its kernels, and one that does not would have its noise drawn as bends.
 
 ``ingress`` and the constant part of ``prefill.base`` (what any iteration with a prompt takes on top, whatever its length)
 are told apart by the prompts that came while others were decoding: those wait for the second only.
@@ -31,10 +34,13 @@ from sage_sim.profile import Attention, Curve, FitError, Phase, Prefill, TimeMod
 
 Floats: TypeAlias = NDArray[np.float64]
 
-BEND = 0.3
+STIFFNESS = (0.3, 0.1, 0.03, 0.01, 0.003)
 SHORT_ATTENTION = 0.3
-"""A bend of the curve over tokens, and attention (of a lone short sequence, and of the pairs of the longest prompt), over
-the shortest time observed: as unlikely to be larger as an observation is to be off by more than the conditions scatter."""
+"""A bend, and attention (of a lone short sequence, and of the pairs of the longest prompt), over the shortest time observed: as
+unlikely to be larger as an observation is to be off by more than the conditions scatter. The stiffest is taken whose error on
+conditions left out is at most :data:`STIFF_WORTH` times the least."""
+
+STIFF_WORTH = 1.05
 
 SCATTER_MIN = 0.003
 SCATTER_UNKNOWN = 0.05
@@ -79,35 +85,27 @@ class Terms:
             end += count
         self._count = end
 
-    def solved(self, observations: Sequence[Repeated]) -> Fit:
-        """The fit to ``observations``."""
-        rows, times, weights = self._system(observations)
-        unknowns = self._nnls(rows, times, weights)
-        return Fit(self._time(unknowns), float(unknowns[self._at["ingress"]][0]), rows @ unknowns)
-
-    def errors(self, observations: Sequence[Repeated], streams: Streams) -> dict[Phase, FitError]:
-        """Of each phase: the fit made again without a quarter of the conditions, on that quarter, for each quarter."""
+    def solved(self, observations: Sequence[Repeated], streams: Streams) -> tuple[Fit, dict[Phase, FitError]]:
+        """The fit to ``observations``, and its errors by phase: of fits made without a quarter of the conditions, on that
+        quarter, for each quarter."""
         rows, times, weights = self._system(observations)
         fold = np.empty(len(rows), np.int64)
         fold[streams.stream("calibrate/folds").permutation(len(rows))] = np.arange(len(rows)) % FOLDS
+        left_out = [self._left_out(rows, times, weights, fold, bend) for bend in STIFFNESS]
+        scores = [float(np.abs(off).mean()) for off in left_out]
+        chosen = max(i for i, score in enumerate(scores) if score <= STIFF_WORTH * min(scores))
+        unknowns = self._nnls(rows, times, weights, STIFFNESS[chosen])
+        fit = Fit(self._time(unknowns), float(unknowns[self._at["ingress"]][0]), rows @ unknowns)
+        return fit, _by_phase(observations, left_out[chosen])
+
+    def _left_out(self, rows: Floats, times: Floats, weights: Floats, fold: NDArray[np.int64], bend: float) -> Floats:
+        """(n,) per cent, each by the fit that has not seen it."""
         off = np.empty(len(rows))
         for each in range(FOLDS):
             out = fold == each
-            unknowns = self._nnls(rows[~out], times[~out], weights[~out])
+            unknowns = self._nnls(rows[~out], times[~out], weights[~out], bend)
             off[out] = 100 * (rows[out] @ unknowns - times[out]) / times[out]
-        phases = np.array([each.median.condition.phase for each in observations])
-        errors: dict[Phase, FitError] = {}
-        for phase in ("decode", "prefill", "mixed"):
-            of = off[phases == phase]
-            if len(of):
-                errors[phase] = FitError(
-                    len(rows) * (FOLDS - 1) // FOLDS,
-                    len(of),
-                    round(float(np.abs(of).mean()), 2),
-                    round(float(np.percentile(np.abs(of), 95)), 2),
-                    round(float(of.mean()), 2),
-                )
-        return errors
+        return off
 
     # --- equations ----------------------------------------------------------------------------------------------------
 
@@ -143,31 +141,51 @@ class Terms:
             row[self._at["mixed_seq_token"]] = work.seqs * work.prefill_tokens / work.chunks
         return row
 
-    def _nnls(self, rows: Floats, times: Floats, weights: Floats) -> Floats:
+    def _nnls(self, rows: Floats, times: Floats, weights: Floats, bend: float) -> Floats:
         """What is asked of every row is its time; of every price, nothing."""
-        matrix = np.vstack([rows * (weights / times)[:, None], self._prices() / times.min()])
+        matrix = np.vstack([rows * (weights / times)[:, None], self._prices(bend) / times.min()])
         scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12)  # unknowns of very different size, made alike
         target = np.concatenate([weights, np.zeros(len(matrix) - len(rows))])
         solution, _ = nnls(matrix / scale, target, maxiter=10_000)
         return np.asarray(solution / scale)
 
-    def _prices(self) -> Floats:
-        """Rows, in us: bends of the token curve, and attention."""
-        found = []
-        values = np.stack([_values(self.tokens, knot) for knot in self.tokens])
-        for low, middle, high in zip(range(len(values)), range(1, len(values)), range(2, len(values)), strict=False):
-            row = np.zeros(self._count)
-            share = (self.tokens[middle] - self.tokens[low]) / (self.tokens[high] - self.tokens[low])
-            row[self._at["token"]] = (values[middle] - (1 - share) * values[low] - share * values[high]) / BEND
-            found.append(row)
+    def _prices(self, bend: float) -> Floats:
+        """Rows, in us: bends, what is left for mixed iterations, and attention."""
+        found = [
+            each / bend for each in self._bends("token", self.tokens, [_values(self.tokens, x) for x in self.tokens])
+        ]
         row = np.zeros(self._count)
         row[self._at["pair"]] = self.tokens[-1] ** 2 / 2 / SHORT_ATTENTION
         found.append(row)
         if self.seqs:
+            seqs, contexts = np.tril(np.ones((len(self.seqs),) * 2)), np.tril(np.ones((len(self.contexts),) * 2))
+            for context in contexts:
+                values = [np.outer(step, context).ravel() for step in seqs]
+                found += [each / bend for each in self._bends("decode", self.seqs, values)]
+            for step in seqs:
+                values = [np.outer(step, context).ravel() for context in contexts]
+                found += [each / bend for each in self._bends("decode", self.contexts, values)]
+            most = self.seqs[-1]
+            largest = {"mixed_seq": 1, "mixed_kv_token": self.contexts[-1], "mixed_seq_token": self.tokens[-1]}
+            for name, times in largest.items():
+                row = np.zeros(self._count)
+                row[self._at[name]] = most * times / bend
+                found.append(row)
             row = np.zeros(self._count)
             row[self._at["decode"].start] = 1 / SHORT_ATTENTION
             found.append(row)
         return np.array(found).reshape(-1, self._count)
+
+    def _bends(self, name: str, knots: Sequence[int], values: Sequence[Floats]) -> list[Floats]:
+        """Rows: how far the value at each inner knot is from the straight line between its neighbours. values: what the unknowns
+        ``name`` count for at each knot."""
+        found = []
+        for low, middle, high in zip(range(len(values)), range(1, len(values)), range(2, len(values)), strict=False):
+            row = np.zeros(self._count)
+            share = (knots[middle] - knots[low]) / (knots[high] - knots[low])
+            row[self._at[name]] = values[middle] - (1 - share) * values[low] - share * values[high]
+            found.append(row)
+        return found
 
     # --- the law ------------------------------------------------------------------------------------------------------
 
@@ -196,6 +214,23 @@ class Terms:
                 _rounded(of["mixed_seq_token"][0] * 1e3, 6),
             ),
         )
+
+
+def _by_phase(observations: Sequence[Repeated], off: Floats) -> dict[Phase, FitError]:
+    """off: (n,) per cent."""
+    phases = np.array([each.median.condition.phase for each in observations])
+    errors: dict[Phase, FitError] = {}
+    for phase in ("decode", "prefill", "mixed"):
+        of = off[phases == phase]
+        if len(of):
+            errors[phase] = FitError(
+                len(off) * (FOLDS - 1) // FOLDS,
+                len(of),
+                round(float(np.abs(of).mean()), 2),
+                round(float(np.percentile(np.abs(of), 95)), 2),
+                round(float(of.mean()), 2),
+            )
+    return errors
 
 
 def _values(knots: Sequence[int], x: float) -> Floats:

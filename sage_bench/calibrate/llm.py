@@ -21,6 +21,7 @@ from sage_bench.calibrate.fit import Fit, Terms
 from sage_bench.calibrate.observation import (
     Observation,
     Repeated,
+    mean_scatter,
     mended,
     of_burst,
     of_decode,
@@ -83,30 +84,82 @@ class LlmEngine(NamedTuple):
     prefix_caching: bool
 
 
-async def calibrate(
-    at: Range,
-    limits: Limits,
-    engine: LlmEngine,
-    budget_s: float,
-    streams: Streams,
-    say: Callable[[str], None],
-) -> Calibrated:
-    """Measure the engine behind ``at``. Raises DataError for one that does not answer as asked."""
-    began = time.monotonic()
-    pace = await _look(at, limits)
-    say(f"a decode iteration takes about {pace.decode_s * 1e3:.1f} ms (1 sequence), {pace.batch_s * 1e3:.1f} ms (all)")
-    design = designed(limits, pace, ROUNDS_SHARE * budget_s / ROUNDS_MIN)
-    fired, rounds = await _rounds(at, design, pace, began + ROUNDS_SHARE * budget_s, streams, say)
-    observations = _observed(fired, limits.max_num_batched_tokens, pace)
-    terms = _terms(design, limits)
-    fit, errors = terms.solved(observations), terms.errors(observations, streams)
-    replica, asynchronous, api_share = _scheduled(fit, limits, engine, fired)
-    seen = replace(limits, prompt_max=design.prompts[-1])
-    tried = await _tried(at, replica, seen, budget_s, streams, say)
-    seconds = time.monotonic() - began
-    return Calibrated(
-        limits, design, observations, fit, errors, asynchronous, api_share, tried, rounds, at.fired, seconds
-    )
+class Calibration:
+    """Of the engine behind ``at``: ``look``, then rounds, as many and as far apart as one likes, then ``solved``.
+
+    Its methods raise DataError for an engine that does not answer as asked.
+    """
+
+    def __init__(
+        self,
+        at: Range,
+        limits: Limits,
+        engine: LlmEngine,
+        budget_s: float,
+        streams: Streams,
+        say: Callable[[str], None],
+    ) -> None:
+        self._at, self._limits, self._engine, self._budget_s = at, limits, engine, budget_s
+        self._streams, self._say = streams, say
+        self._order = streams.stream("calibrate/order")
+        self._fired: list[tuple[Volley, Answers]] = []
+        self._rounds = 0
+        self._began = time.monotonic()
+
+    async def look(self) -> None:
+        """How fast it is, and so what a round is."""
+        self._pace = pace = await _look(self._at, self._limits)
+        self._say(
+            f"a decode iteration takes about {pace.decode_s * 1e3:.1f} ms (1 sequence), {pace.batch_s * 1e3:.1f} ms (all)"
+        )
+        self._design = designed(self._limits, pace, ROUNDS_SHARE * self._budget_s / ROUNDS_MIN)
+
+    async def round(self) -> float:
+        """All volleys once, in an order of their own. Returns how long it took, in seconds."""
+        began = time.monotonic()
+        volleys = self._design.volleys
+        for number in self._order.permutation(len(volleys)).tolist():
+            self._fired.append((volleys[number], await self._at.shoot(volleys[number].shots)))
+        self._rounds += 1
+        took_s = time.monotonic() - began
+        self._say(f"round {self._rounds}: {len(volleys)} volleys in {took_s:.1f} s")
+        return took_s
+
+    async def solved(self, *, loads: bool = True) -> Calibrated:
+        """The fit to all rounds; with ``loads``, tried on held-out loads."""
+        limits, design, engine = self._limits, self._design, self._engine
+        self._at.reference = None  # all rounds have a say in it
+        timed = await self._at.timed([answers for _, answers in self._fired], self._scatter)
+        fired = self._with_volleys(timed)
+        observations = _observed(fired, limits.max_num_batched_tokens, self._pace)
+        terms = _terms(design, limits)
+        fit, errors = terms.solved(observations, self._streams)
+        replica, asynchronous, api_share = _scheduled(fit, limits, engine, fired)
+        seen = replace(limits, prompt_max=design.prompts[-1])
+        tried = await _tried(self._at, replica, seen, self._budget_s, self._streams, self._say) if loads else []
+        seconds = time.monotonic() - self._began
+        rounds, requests = self._rounds, self._at.fired
+        return Calibrated(
+            limits, design, observations, fit, errors, asynchronous, api_share, tried, rounds, requests, seconds
+        )
+
+    def _with_volleys(self, answers: Sequence[Answers]) -> list[tuple[Volley, Answers]]:
+        return [(volley, mended(each)) for (volley, _), each in zip(self._fired, answers, strict=True)]
+
+    def _scatter(self, answers: Sequence[Answers]) -> float:
+        return mean_scatter(_observed(self._with_volleys(answers), self._limits.max_num_batched_tokens, self._pace))
+
+
+async def calibrate(calibration: Calibration, budget_s: float) -> Calibrated:
+    """Within about ``budget_s``."""
+    until = time.monotonic() + ROUNDS_SHARE * budget_s
+    await calibration.look()
+    rounds = 0
+    longest_s = 0.0
+    while rounds < ROUNDS_MIN or (rounds < ROUNDS_MAX and time.monotonic() + longest_s < until):
+        longest_s = max(longest_s, await calibration.round())
+        rounds += 1
+    return await calibration.solved()
 
 
 def replica_of(fit: Fit, limits: Limits, engine: LlmEngine, *, asynchronous: bool, api_share: float) -> LlmReplica:
@@ -148,24 +201,6 @@ async def _look(at: Range, limits: Limits) -> Pace:
     one_s, all_s = await decode_s(1), await decode_s(limits.max_num_seqs)
     prompt_s = await first_s(length) - await first_s(short)
     return Pace(one_s, max(one_s, all_s), max(prompt_s, 1e-6) / length)
-
-
-async def _rounds(
-    at: Range, design: Design, pace: Pace, until: float, streams: Streams, say: Callable[[str], None]
-) -> tuple[list[tuple[Volley, Answers]], int]:
-    order = streams.stream("calibrate/order")
-    fired = []
-    rounds = 0
-    longest_s = 0.0
-    while rounds < ROUNDS_MIN or (rounds < ROUNDS_MAX and time.monotonic() + longest_s < until):
-        began = time.monotonic()
-        for number in order.permutation(len(design.volleys)).tolist():
-            volley = design.volleys[number]
-            fired.append((volley, mended(await at.shoot(volley.shots))))
-        rounds += 1
-        longest_s = max(longest_s, time.monotonic() - began)
-        say(f"round {rounds}: {len(design.volleys)} volleys in {time.monotonic() - began:.1f} s")
-    return fired, rounds
 
 
 def _observed(fired: Sequence[tuple[Volley, Answers]], budget: int, pace: Pace) -> list[Repeated]:
@@ -227,6 +262,7 @@ async def _tried(
         for place, (share, rate, shots) in enumerate(loads):
             say(f"held-out load: {len(shots)} requests at {rate:.2f} a second, {100 * share:.0f} % of capacity")
             answers[place].append(await at.shoot(shots))
+    timed = [await at.timed(of) for of in answers]
     return [
         Tried(
             share,
@@ -234,7 +270,7 @@ async def _tried(
             [measured(each) for each in of],
             [simulated(replica, each.shots, each.sent_ns) for each in of],
         )
-        for (share, rate, _), of in zip(loads, answers, strict=True)
+        for (share, rate, _), of in zip(loads, timed, strict=True)
     ]
 
 

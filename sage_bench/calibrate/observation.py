@@ -181,6 +181,11 @@ def repeated(observations: Iterable[Observation]) -> list[Repeated]:
     return found
 
 
+def mean_scatter(observations: Sequence[Repeated]) -> float:
+    """Over the conditions."""
+    return float(np.mean([each.scatter for each in observations]))
+
+
 def _slope_us(answers: Answers, live: Sequence[int], start: float, end: float) -> tuple[float, float] | None:
     """Time per token (us) in a window, the median over the answers ``live``, and their mean context."""
     slopes, contexts = [], []

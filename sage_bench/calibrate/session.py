@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -25,6 +27,7 @@ from sage_bench.calibrate.files import (
     write,
 )
 from sage_bench.calibrate.shots import PIPELINE, Range
+from sage_bench.core_speed import SAMPLES, watching
 from sage_core.errors import ConfigError
 from sage_core.rng import Streams
 from sage_core.units import RequestKind
@@ -48,7 +51,9 @@ SCATTER_MAX: Final = 0.03
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What the user asks for; None: as the engine says, else as assumed. budget_s: about how long it may take.
-    prompt_max: longest prompt measured. tokenizer: prompts are chats of exactly so many tokens; None: token ids."""
+    prompt_max: longest prompt measured. tokenizer: prompts are chats of exactly so many tokens; None: token ids.
+    watch_core: the core of this machine on which the engine runs; the profile is in its work time
+    (:mod:`sage_bench.core_speed`). None: in seconds."""
 
     url: str
     model: str | None = None
@@ -64,6 +69,7 @@ class Wanted:
     padding: bool = True
     device: str | None = None
     seed: int = 0
+    watch_core: int | None = None
 
 
 class Report(NamedTuple):
@@ -91,7 +97,12 @@ def calibrate_engine(wanted: Wanted, out: Path, say: Callable[[str], None] = lam
     before = load(wanted.url)
     if before.busy:
         raise ConfigError(f"engine {wanted.url}: {before.busy} requests are in it; calibrate when it has nothing to do")
-    report = uvloop.run(_calibrated(wanted, facts, out, say))
+    with ExitStack() as watched:
+        samples = None
+        if wanted.watch_core is not None:
+            samples = Path(watched.enter_context(tempfile.TemporaryDirectory(prefix="sage-calibrate-"))) / SAMPLES
+            watched.enter_context(watching(wanted.watch_core, samples))
+        report = uvloop.run(_calibrated(wanted, facts, out, say, samples))
     after = load(wanted.url)
     if before.answered is not None and after.answered is not None:
         others = after.answered - before.answered - report.requests
@@ -101,7 +112,85 @@ def calibrate_engine(wanted: Wanted, out: Path, say: Callable[[str], None] = lam
     return report
 
 
-async def _calibrated(wanted: Wanted, facts: Facts, out: Path, say: Callable[[str], None]) -> Report:
+class Interleaved:
+    """A calibration of an LLM engine whose rounds are as far apart as the caller likes, with other work for the engine between
+    them: a machine that is faster at some times than at others is then measured at all of them. Its core is watched
+    (``wanted.watch_core``, which has to be given) during the rounds alone. It tries no held-out loads."""
+
+    def __init__(self, wanted: Wanted, say: Callable[[str], None] = lambda _: None) -> None:
+        assert wanted.watch_core is not None
+        self._wanted, self._core, self._say = wanted, wanted.watch_core, say
+
+    def __enter__(self) -> Interleaved:
+        with ExitStack() as entered:
+            folder = entered.enter_context(tempfile.TemporaryDirectory(prefix="sage-calibrate-"))
+            self._probes = Path(folder) / SAMPLES
+            self._facts = ask(self._wanted.url, self._wanted.model)
+            self._aim = uvloop.run(_aimed(self._wanted, self._facts, self._probes))
+            self._calibration, self._engine = _calibration(self._wanted, self._facts, self._aim, self._say)
+            with watching(self._core, self._probes):
+                uvloop.run(self._calibration.look())
+            self._entered = entered.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.close()
+
+    def round(self) -> None:
+        """Every condition once."""
+        with watching(self._core, self._probes):
+            uvloop.run(self._calibration.round())
+
+    def solved(self, out: Path) -> Report:
+        """The profile by all rounds so far, written to ``out``."""
+        found = uvloop.run(self._calibration.solved(loads=False))
+        return _llm_report(self._wanted, self._facts, self._aim, found, self._engine, out)
+
+
+class _Aim(NamedTuple):
+    """interface: of the engine, in words. prompt_min: fewest tokens that a prompt has."""
+
+    at: Range
+    interface: str
+    prompt_min: int
+    notes: list[str]
+
+
+async def _calibrated(
+    wanted: Wanted, facts: Facts, out: Path, say: Callable[[str], None], watched: Path | None
+) -> Report:
+    aim = await _aimed(wanted, facts, watched)
+    if wanted.kind == "llm":
+        calibration, engine = _calibration(wanted, facts, aim, say)
+        return _llm_report(wanted, facts, aim, await llm.calibrate(calibration, wanted.budget_s), engine, out)
+    batching = embedding.Batching(
+        wanted.max_batch_tasks,
+        wanted.max_batch_tokens,
+        min(facts.positions or POSITIONS, wanted.prompt_max or POSITIONS),
+        wanted.padding,
+        aim.prompt_min,
+    )
+    found = await embedding.calibrate(aim.at, batching, wanted.budget_s, Streams(wanted.seed), say)
+    profile = embedding_profile(found, _origin(wanted, facts, out, aim))
+    return _report(profile, embedding_device(found, out), found, out, aim.notes)
+
+
+def _calibration(
+    wanted: Wanted, facts: Facts, aim: _Aim, say: Callable[[str], None]
+) -> tuple[llm.Calibration, llm.LlmEngine]:
+    limits, engine, assumed = _limits(wanted, facts, aim.prompt_min)
+    aim.notes.extend(assumed)
+    return llm.Calibration(aim.at, limits, engine, wanted.budget_s, Streams(wanted.seed), say), engine
+
+
+def _llm_report(
+    wanted: Wanted, facts: Facts, aim: _Aim, found: llm.Calibrated, engine: llm.LlmEngine, out: Path
+) -> Report:
+    profile = llm_profile(found, _origin(wanted, facts, out, aim))
+    return _report(profile, llm_device(found, engine, out), found, out, list(aim.notes))
+
+
+async def _aimed(wanted: Wanted, facts: Facts, watched: Path | None) -> _Aim:
     # Words of its own for each calibration: the same again would be answered from the engine's prefix cache.
     words = time.time_ns()
     kind = RequestKind.EMBEDDING if wanted.kind == "embedding" else RequestKind.LLM_CHAT
@@ -123,27 +212,9 @@ async def _calibrated(wanted: Wanted, facts: Facts, out: Path, say: Callable[[st
     if wanted.tokenizer is not None:
         prompts = prompts.with_overhead(await measure_overhead(options, PIPELINE, kind))
         options = replace(options, models={PIPELINE: Model(facts.model, prompts)})
-    at = Range(options, kind)
+    at = Range(options, kind, watched)
     at.fired = int(wanted.tokenizer is not None)  # the one that told the template's tokens
-    streams = Streams(wanted.seed)
-    if wanted.kind == "embedding":
-        batching = embedding.Batching(
-            wanted.max_batch_tasks,
-            wanted.max_batch_tokens,
-            min(facts.positions or POSITIONS, wanted.prompt_max or POSITIONS),
-            wanted.padding,
-            prompts.overhead + 1,
-        )
-        found = await embedding.calibrate(at, batching, wanted.budget_s, streams, say)
-        origin = _origin(wanted, facts, out, interface, notes)
-        profile = embedding_profile(found, origin)
-        device = embedding_device(found, out)
-        return _report(profile, device, found, out, notes)
-    limits, engine, assumed = _limits(wanted, facts, prompts.overhead + 1)
-    measured = await llm.calibrate(at, limits, engine, wanted.budget_s, streams, say)
-    notes += assumed
-    origin = _origin(wanted, facts, out, interface, notes)
-    return _report(llm_profile(measured, origin), llm_device(measured, engine, out), measured, out, notes)
+    return _Aim(at, interface, prompts.overhead + 1, notes)
 
 
 def _limits(wanted: Wanted, facts: Facts, prompt_min: int) -> tuple[Limits, llm.LlmEngine, list[str]]:
@@ -173,8 +244,10 @@ def _limits(wanted: Wanted, facts: Facts, prompt_min: int) -> tuple[Limits, llm.
     return limits, llm.LlmEngine(block_size, caching), assumed
 
 
-def _origin(wanted: Wanted, facts: Facts, out: Path, interface: str, assumed: list[str]) -> Origin:
-    return Origin(out.stem, facts, wanted.seed, wanted.budget_s, interface, wanted.device, list(assumed))
+def _origin(wanted: Wanted, facts: Facts, out: Path, aim: _Aim) -> Origin:
+    return Origin(
+        out.stem, facts, wanted.seed, wanted.budget_s, aim.interface, wanted.device, list(aim.notes), aim.at.reference
+    )
 
 
 def _report(

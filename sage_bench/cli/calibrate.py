@@ -47,6 +47,12 @@ def command(
     padding: Annotated[bool, typer.Option(help="Embedding: texts are padded to the longest of the batch.")] = True,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="What it runs on; default: the CPU here.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, order and held-out loads.")] = 0,
+    watch_core: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Core of this machine that the engine runs on: times are then by its speed."
+        ),
+    ] = None,
 ) -> None:
     """Measure a live engine with requests by design, and write a profile of it with its held-out error."""
     # scipy takes a second, which no other command should pay for.
@@ -70,6 +76,7 @@ def command(
         padding,
         device,
         seed,
+        watch_core,
     )
     errors = Console(stderr=True, highlight=False)
     with errors.status("calibrating"):

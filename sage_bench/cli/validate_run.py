@@ -29,6 +29,12 @@ def show_run(fidelity: RunFidelity, console: Console) -> None:
         console.print(
             f"noise: {fidelity.against} against the first run, by distribution.", soft_wrap=True, markup=False
         )
+    if (slow := fidelity.slowness) is not None:
+        console.print(
+            f"simulated at the speed of the watched core: the engine's work took {slow.mean:.2f} times as long as by the profile (in "
+            f"half of all half seconds at least {slow.p50:.2f}, in one of twenty {slow.p95:.2f})",
+            soft_wrap=True,
+        )
     if fidelity.client:
         console.print(_client(fidelity))
     for side, outcomes in fidelity.outcomes.items():

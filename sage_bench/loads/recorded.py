@@ -18,9 +18,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from sage_bench.core_speed import NAME as CORE_SPEED
+from sage_bench.core_speed import CoreSpeed, Reference, probes_of
 from sage_bench.loads.mix import Limits
 from sage_bench.replaying import read_log
 from sage_bench.results.manifest import Manifest, read_manifest
@@ -31,9 +34,10 @@ from sage_core.load import Arrival
 from sage_core.log import decode_events
 from sage_core.rng import Streams
 from sage_core.slo import SloTable
-from sage_core.units import Nanos, RequestKind, request_of, seconds
+from sage_core.units import NEVER, Nanos, RequestKind, request_of, seconds
 
 _ARRIVED = e.RequestArrived.__name__.encode()
+_INSTANTS = ("scheduled_at", "ttft_due_at", "due_at")
 
 
 class RecordedLoad:
@@ -41,9 +45,20 @@ class RecordedLoad:
 
     notes: what of the run cannot be repeated, a sentence each. limits: the end of the run's own load where it had one,
     so that its cool-down is the same. began: when that load began, for its warm-up: live, after the gateway.
+
+    probe_us, probe_power: every instant is told in work time of the core that was watched in the run, by this reference
+    (:mod:`sage_bench.core_speed`); None: in seconds.
     """
 
-    def __init__(self, run: str | None, *, streams: Streams, slo: SloTable) -> None:
+    def __init__(
+        self,
+        run: str | None,
+        probe_us: float | None = None,
+        probe_power: float = 1.0,
+        *,
+        streams: Streams,
+        slo: SloTable,
+    ) -> None:
         if run is None:
             raise ConfigError(
                 "load.run: expected the folder of a run, as in load=recorded load.run=results/run/<run id>"
@@ -59,8 +74,12 @@ class RecordedLoad:
             raise DataError(f"{self.log}: no request arrived in this run; choose one with requests")
         self._results = _results(folder)
         self._lengths, unknown = seen.lengths(streams.stream("load/recorded/output_tokens"))
-        self.limits = Limits(None, _load_end(manifest))
-        self.began = Nanos(max(manifest.warmup_ns - seconds(float(manifest.config.get("warmup_s", 0.0))), 0))
+        self._speed = None
+        if probe_us is not None and (probes := probes_of(folder)) is not None:
+            self._speed = CoreSpeed(probes, Reference(probe_us, probe_power))
+        end = _load_end(manifest)
+        self.limits = Limits(None, None if end is None else self._timed(end))
+        self.began = self._timed(max(manifest.warmup_ns - seconds(float(manifest.config.get("warmup_s", 0.0))), 0))
         self.notes = seen.notes(manifest, unknown)
 
     def arrivals(self) -> Iterator[Arrival]:
@@ -72,7 +91,16 @@ class RecordedLoad:
             for event in decode_events(number, step.events):
                 if isinstance(event, e.RequestArrived) and event.request in lengths:
                     results = self._results.get(event.request, ())
-                    yield Arrival(Nanos(step.now), event, lengths[event.request], None, results)
+                    now, timed = self._timed(step.now), event
+                    if self._speed is not None:
+                        due = {name: self._timed(getattr(event, name)) for name in _INSTANTS}
+                        timed = msgspec.structs.replace(event, **due)
+                    yield Arrival(now, timed, lengths[event.request], None, results)
+
+    def _timed(self, instant: int) -> Nanos:
+        if self._speed is None or instant == NEVER:
+            return Nanos(instant)
+        return Nanos(max(round(self._speed.work(instant)), 0))
 
     def ended(self, now: int, request: int) -> Arrival | None:
         """None: the recorded instants stand, even those of a closed loop, whatever happens now."""
@@ -80,8 +108,12 @@ class RecordedLoad:
 
     def files(self) -> list[str]:
         """Files the load reads: what a manifest has to give checksums of."""
-        beside = (self.log.parent / name for name in ("tasks.parquet", "requests.parquet"))
+        beside = (self.log.parent / name for name in ("tasks.parquet", "requests.parquet", *_speeds(self._speed)))
         return [str(self.log), *(str(path) for path in beside if path.exists())]
+
+
+def _speeds(speed: CoreSpeed | None) -> tuple[str, ...]:
+    return () if speed is None else (CORE_SPEED,)
 
 
 def _results(folder: Path) -> dict[int, tuple[int, ...]]:

@@ -8,6 +8,7 @@ tasks.parquet       one row per dispatched task (attempts are tasks of their own
 replicas.parquet    reports of the replicas, as the plane saw them
 steps.parquet       the log: what ``sage replay`` re-decides
 host.parquet        who used the machine, once a second; of live runs alone
+core_speed.parquet  how fast the engine's core was (sage_bench/core_speed.py); of live runs with ``driver.watch_core`` alone
 manifest.json       what is needed to run it again: configuration, seeds, versions, hardware, checksums
 config.yaml         the composed configuration
 sources.sha256      digest of the code that ran it (sage_bench/sweep/sources.py): what a sweep takes for done
@@ -119,3 +120,5 @@ HOST = pa.schema(
         ("power_w", pa.float64()),
     ]
 )
+
+CORE_SPEED = pa.schema([("at_ns", pa.int64()), ("probe_ns", pa.int64())])  # of every probe: when, and how long it took

@@ -28,6 +28,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sage_bench.config import checked
+from sage_bench.core_speed import CoreSpeed, Reference, probes_of
 from sage_bench.metrics.percentile import percentile
 from sage_bench.results.manifest import Source
 from sage_bench.results.reader import Run, read_table
@@ -39,6 +41,7 @@ from sage_bench.validate.twin import twin
 from sage_core.errors import ConfigError, DataError
 from sage_core.units import SECOND
 from sage_live.loadgen.schema import CLIENT
+from sage_sim.profile import load_profile
 
 FIDELITY: Final = "fidelity.json"
 REQUESTS: Final = "fidelity_requests.parquet"
@@ -81,6 +84,7 @@ class RunFidelity(msgspec.Struct, frozen=True, kw_only=True):
     requests: counted ones of the live run; compared: those answered in both. outcomes: of the counted requests,
     ``recorded`` and ``simulated``. kinds: errors by kind and latency. noise_pct: 100 (second run - first) / first, by kind, latency and
     statistic, null where the first is 0; null without a second run. client: by kind; null without ``client.parquet``.
+    slowness: seconds over work time of the watched core, over the half seconds of the run; null where there was none.
     """
 
     format: int = 1
@@ -97,6 +101,7 @@ class RunFidelity(msgspec.Struct, frozen=True, kw_only=True):
     client: dict[str, ClientView] | None
     run: str
     digest: str
+    slowness: Spread | None
     warnings: list[str]
     load_average: tuple[float, ...]
 
@@ -110,11 +115,16 @@ def validate_run(recorded: Path, out: Path, overrides: Sequence[str] = (), again
     real = Run(recorded)
     again = None if against is None else _repetition(real, Run(against))
     config = twin(recorded, overrides, "run", out)
+    speed, doubts = _core_speed(recorded, config)
+    if speed is not None:
+        config["load"] |= {"probe_us": speed.reference.us, "probe_power": speed.reference.power}
     _clear(out)
     result = run(config, overrides)
     if result.finish.interrupted:
         raise KeyboardInterrupt
-    measured, simulated = _counted(real), _counted(Run(result.folder))
+    measured, simulated = _counted(real), _counted(Run(result.folder), everything=speed is not None)
+    if speed is not None:
+        simulated = _in_seconds(simulated.loc[simulated.index.intersection(measured.index)], speed)
     both = _paired(measured, simulated)
     if both.empty:
         raise DataError(f"{recorded}: no counted request was answered both in this run and in its simulation")
@@ -133,17 +143,68 @@ def validate_run(recorded: Path, out: Path, overrides: Sequence[str] = (), again
         client=_client(recorded / "client.parquet"),
         run=str(result.folder.relative_to(out)),
         digest=result.finish.digest.hex(),
-        warnings=[*_doubts(real, measured, simulated, both), *result.warnings],
+        slowness=None if speed is None else _slowness(speed),
+        warnings=[*doubts, *_doubts(real, measured, simulated, both), *result.warnings],
         load_average=os.getloadavg(),
     )
     _write(out, fidelity, both, None if again is None else _served(_counted(again)))
     return fidelity
 
 
-def _counted(run: Run) -> pd.DataFrame:
-    """Counted requests by id; latencies in seconds."""
+def _core_speed(recorded: Path, config: dict[str, Any]) -> tuple[CoreSpeed | None, list[str]]:
+    """Of the run, where its core was watched and a profile of its cluster is in work time; and what to know if only one is."""
+    parts, _ = checked(config)
+    names = {engine.profile for group in parts.cluster.devices for engine in group.engines}
+    hardware = [load_profile(name).hardware for name in names]
+    references = {None if each.probe_us is None else Reference(each.probe_us, each.probe_power) for each in hardware}
+    if references <= {None}:
+        return None, []
+    probes = probes_of(recorded)
+    if probes is None:
+        return None, [
+            "the profile counts work time of a watched core, and in this run none was watched (driver.watch_core): its times "
+            "are taken as seconds"
+        ]
+    (reference, *others) = references
+    if reference is None or others:
+        raise ConfigError(
+            "cluster.devices: a core was watched in this run, and its profiles are in different times; expected one profile, or "
+            f"several of one probe_us and probe_power, got {', '.join(sorted(names))}"
+        )
+    return CoreSpeed(probes, reference), []
+
+
+def _in_seconds(simulated: pd.DataFrame, speed: CoreSpeed) -> pd.DataFrame:
+    """What was simulated in work time, as it would have been in the seconds of the run. Waiting counts as if it had been
+    before everything else: of a request of several stages, that is near enough."""
+    frame = simulated.copy()
+    scheduled = frame["scheduled_ns"].to_numpy(np.float64)
+    origin = speed.real(scheduled)
+
+    def instant(name: str) -> Column:
+        """NaN where there is none."""
+        return np.asarray(speed.real(scheduled + frame[f"{name}_s"].to_numpy() * SECOND))
+
+    first, end = instant("ttft"), instant("e2e")
+    generating = ((frame["e2e_s"] - frame["ttft_s"]) * SECOND).to_numpy()  # NaN or 0 where there is no TPOT
+    frame["tpot_s"] *= np.divide(end - first, generating, out=np.ones(len(frame)), where=generating > 0)
+    for name in ("queue", "ttft", "e2e"):
+        frame[f"{name}_s"] = (instant(name) - origin) / SECOND
+    frame["ended_ns"] = speed.real(frame["ended_ns"].to_numpy(np.float64))
+    frame["scheduled_ns"] = origin
+    return frame
+
+
+def _slowness(speed: CoreSpeed) -> Spread:
+    found = _spread(speed.slowness)
+    assert found is not None
+    return found
+
+
+def _counted(run: Run, *, everything: bool = False) -> pd.DataFrame:
+    """Counted requests by id, or all; latencies in seconds."""
     frame = run.frame("requests", _COLUMNS)
-    frame = frame[~frame["warmup"]].set_index("request").sort_index()
+    frame = (frame if everything else frame[~frame["warmup"]]).set_index("request").sort_index()
     if frame.empty:
         raise DataError(f"{run.folder / 'requests.parquet'}: no request was scheduled after the warm-up")
     for name in LATENCIES:

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 
 from sage_bench import live
 from sage_bench.config import composed
+from sage_bench.core_speed import probes_of
 from sage_bench.live import LiveResult, run_live
 from sage_bench.metrics.measure import measure
 from sage_bench.replaying import replay_run
@@ -364,3 +366,21 @@ def test_who_used_the_machine_was_sampled(done: LiveResult) -> None:
     assert host.loc[host["what"] == "gateway", "cpu_cores"].sum() > 0.5 * run.manifest.control_s
     assert not (done.folder / "host-samples.jsonl").exists()
     assert run.manifest.outputs["host.parquet"].rows == len(host)
+
+
+def test_the_core_of_an_engine_is_watched(tmp_path: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    result = run_live(composed([*SHORT, "driver=live", f"driver.watch_core={core}", f"results={tmp_path}"]))
+    probes, run = probes_of(result.folder), Run(result.folder)
+    assert probes is not None
+    rows = run.frame("requests")
+    assert probes.at_ns[0] <= rows["scheduled_ns"].min() and probes.at_ns[-1] >= rows["ended_ns"].max() - 1e9
+    assert (np.diff(probes.at_ns) > 0).all() and 1e2 < np.median(probes.took_ns) < 1e7
+    assert run.manifest.outputs["core_speed.parquet"].rows == len(probes.at_ns)
+    assert not (result.folder / "core-samples.bin").exists()
+
+
+def test_a_core_that_cannot_be_watched_is_told_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="core 4095 cannot be watched"):
+        run_live(composed([*SHORT, "driver=live", "driver.watch_core=4095", f"results={tmp_path}"]))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
