@@ -1,12 +1,13 @@
 """How true the simulation of a *real* engine is, calibrated here: ``make bench-real`` prints a table and writes ``real.json``.
 
 vLLM's CPU build runs a small model on one core (``make install-live``); its API server, control plane and load generator have
-the other. It is calibrated with one designed set of requests (``sage calibrate``). Then other requests are sent: other
-lengths, other arrival processes, loads from idle to saturated, all of them in turn and the whole round several times, so
-that a slow minute of the machine falls on each. After every round it is calibrated again, and each live run is simulated
-with the profiles from before and after it: what is predicted is the engine, and not that the machine is as fast as some
-minutes ago. Errors (of the means over the rounds) stand beside how far the live runs of one load are apart (noise), below
-which no error means anything, and beside how far the two predictions are (drift).
+the other. It is calibrated with one designed set of requests (``sage calibrate``), and other requests are sent: other
+lengths, other arrival processes, loads from idle to saturated. A round of the one and a run of the other take turns, so
+that both meet the same hours of the machine, and the engine's core is watched throughout: what is predicted is the engine, and
+not how busy the machine's other tenants are (:mod:`sage_bench.core_speed`). The profile is fitted to all rounds, and each live
+run simulated with it at the speed that its core had. Errors are of all runs of a load together. Beside them stand the noise,
+which is how far two live runs of one load, one after the other, are apart, and the range in which the error lies when the runs
+are drawn anew.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -29,15 +33,26 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import live_engines  # noqa: E402
 
-from sage_bench.calibrate.session import Report, Wanted, calibrate_engine  # noqa: E402
+from sage_bench.calibrate.session import Interleaved, Report, Wanted  # noqa: E402
 from sage_bench.cli.calibrate import show  # noqa: E402
 from sage_bench.config import composed  # noqa: E402
 from sage_bench.live import run_live  # noqa: E402
-from sage_bench.validate.compare import Compared, Latency  # noqa: E402
-from sage_bench.validate.live import RunFidelity, validate_run  # noqa: E402
+from sage_bench.metrics.percentile import percentile  # noqa: E402
+from sage_bench.validate.live import REQUESTS, validate_run  # noqa: E402
 
 OUT = Path("results/bench/real.json")
 ENGINE_CORE, OUR_CORE = 1, 0
+
+MAX_NUM_SEQS = 8
+"""What streams out of a fuller batch would keep the other core busier than the engine's."""
+
+ROUNDS_FIRST = 2
+"""Before the first live run, to know the capacity."""
+
+# The runs of a load are of the same requests; from the second on half of their prompts would be in the cache.
+NO_PREFIX_CACHE = ("--no-enable-prefix-caching",)
+
+RESAMPLES = 2000
 
 # vLLM's scheduler and worker are two processes that wait for one another in busy loops: on a machine without a core for each they
 # take from whatever else runs there, now more, now less. So the worker lives in the scheduler's process, which waits for a queue.
@@ -66,28 +81,33 @@ measure the difference of two nearly equal rates instead, which no machine repea
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", choices=tuple(LENGTHS), default="tiny-random")
-    parser.add_argument("--seconds", type=float, default=45.0, help="of load, each run")
-    parser.add_argument("--rounds", type=int, default=3, help="live runs of each load, from 2")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds for each calibration")
+    parser.add_argument("--seconds", type=float, default=24.0, help="of load, each run")
+    parser.add_argument("--turns", type=int, default=7, help="live runs of each load, from 2")
+    parser.add_argument("--round", type=float, default=9.0, help="seconds of calibration before each live run")
     parser.add_argument("--capacity", type=float, default=None, help="requests/s that saturate it; measured otherwise")
     parser.add_argument("--loads", nargs="+", choices=tuple(ARRIVALS), default=list(ARRIVALS))
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--keep", type=Path, default=None, help="folder for the runs; temporary otherwise")
     options = parser.parse_args()
     if (lacking := live_engines.missing()) is not None:
         sys.exit(f"bench-real: {lacking}")
+    if options.turns < 2:
+        parser.error("--turns: expected at least 2, between whose runs there is noise")
     console = Console(highlight=False, width=110)
     figures = json.loads(options.out.read_text()) if options.out.exists() else {}
     os.sched_setaffinity(0, {OUR_CORE})
     logs = ROOT / ".sage/logs/live"
     recipe = live_engines.RECIPES[options.engine]
     recipe = replace(recipe, env={**recipe.env, **ONE_PROCESS_ENV})
-    engine = live_engines.Engine(options.engine, recipe, ENGINE_CORE, logs, ONE_PROCESS)
+    engine = live_engines.Engine(
+        options.engine, recipe, ENGINE_CORE, logs, (*ONE_PROCESS, *NO_PREFIX_CACHE, "--max-num-seqs", f"{MAX_NUM_SEQS}")
+    )
     try:
         engine.wait()
         for thread in engine.process_titled("VLLM::EngineCore").threads():
             os.sched_setaffinity(thread.id, {ENGINE_CORE})
         with tempfile.TemporaryDirectory(prefix="sage-bench-real-") as name:
-            found = measure(engine, options, Path(name), console)
+            found = measure(engine, options, options.keep or Path(name), console)
     finally:
         engine.stop()
     figures[options.engine] = found
@@ -98,52 +118,70 @@ def main() -> None:
 def measure(
     engine: live_engines.Engine, options: argparse.Namespace, folder: Path, console: Console
 ) -> dict[str, object]:
-    """Calibrate, send every load, calibrate again, and so on; then predict what was sent."""
+    """Rounds of calibration and live runs in turn; then predict what was sent."""
     before = os.getloadavg()[0]
-    reports = [_calibrated(engine, options.budget, folder / "engine-0.yaml", console)]
+    wanted = Wanted(
+        engine.url,
+        engine.model,
+        budget_s=6 * options.round,  # of which half goes to three rounds
+        max_num_seqs=MAX_NUM_SEQS,
+        prompt_max=512,
+        watch_core=ENGINE_CORE,
+    )
     lengths = LENGTHS[options.engine]
-    capacity = options.capacity or _capacity(engine, _device(reports[0]), lengths, folder)
     runs: dict[str, list[Path]] = {load: [] for load in options.loads}
-    for number in range(options.rounds):
-        for load in options.loads:
-            share, arrivals = ARRIVALS[load]
-            seconds, warmup = (options.seconds, 4.0) if share < 1 else (options.seconds / share, 0.0)
-            results = folder / f"{load}-{number}"
-            runs[load].append(
-                _live(engine, _device(reports[-1]), lengths, share * capacity, arrivals, seconds, results, warmup)
-            )
-        reports.append(_calibrated(engine, options.budget, folder / f"engine-{number + 1}.yaml", console))
+    with Interleaved(wanted, lambda line: console.print(line, style="dim", markup=False)) as calibration:
+        for _ in range(ROUNDS_FIRST):
+            calibration.round()
+        first = _device(calibration.solved(folder / "first.yaml"))
+        capacity = options.capacity or _capacity(engine, first, lengths, folder)
+        console.print(f"capacity: {capacity:.1f} requests/s", style="dim")
+        for turn in range(options.turns):
+            for load in options.loads:
+                share, arrivals = ARRIVALS[load]
+                seconds, warmup = (options.seconds, 3.0) if share < 1 else (options.seconds / share, 0.0)
+                calibration.round()
+                runs[load].append(
+                    _live(
+                        engine, first, lengths, share * capacity, arrivals, seconds, folder / f"{load}-{turn}", warmup
+                    )
+                )
+        calibration.round()
+        report = calibration.solved(folder / "engine.yaml")
+    show(report, folder / "engine.yaml", console)
     found: dict[str, object] = {
         "engine": f"vLLM {live_engines.version('vllm')} (CPU), {engine.model}",
         "load_average_before": before,
-        "calibrations": len(reports),
-        "calibration_s": sum(report.seconds for report in reports),
-        "calibration_requests": sum(report.requests for report in reports),
-        "calibration_scatter_pct": statistics.fmean(report.scatter_pct for report in reports),
+        "calibration_requests": report.requests,
+        "calibration_scatter_pct": report.scatter_pct,
         "capacity_req_s": capacity,
+        "runs": options.turns,
     }
-    columns = ("load", "latency", "requests", "measured", "mean %", "p95 %", "noise %", "drift %")
+    columns = ("load", "latency", "requests", "measured", "mean %", "of runs drawn anew", "p95 %", "noise %")
     table = Table(*columns, title=f"{engine.model}: simulated against live")
     for load, folders in runs.items():
-        twice = [
-            [validate_run(run, folder / f"validate-{run.name}-{i}", [_device(report)]) for report in reports[i : i + 2]]
-            for i, run in enumerate(folders)
-        ]
-        for name, row in _errors(twice):
+        outs = [folder / f"validate-{load}-{turn}" for turn in range(len(folders))]  # the runs of a load have one name
+        fidelities = [validate_run(run, out, [_device(report)]) for run, out in zip(folders, outs, strict=True)]
+        compared = [pd.read_parquet(out / REQUESTS) for out in outs]
+        slowness = [each.slowness.mean for each in fidelities if each.slowness is not None]
+        found[f"{load}_slowness"] = slowness
+        for name in ("ttft", "tpot", "e2e"):
+            row = _row(compared, name)
             found[f"{load}_{name}"] = row
-            shown = (f"{row[key]:+.2f}" for key in ("mean_pct", "p95_pct"))
-            rest = (f"{row[key]:.2f}" for key in ("noise_pct", "drift_pct"))
-            table.add_row(load, name, f"{row['requests']}", f"{row['measured_mean_ms']:.1f} ms", *shown, *rest)
+            table.add_row(
+                load,
+                name,
+                f"{row['requests']:.0f}",
+                f"{row['measured_mean_ms']:.1f} ms",
+                f"{row['mean_pct']:+.1f}",
+                f"{row['mean_pct_low']:+.1f} to {row['mean_pct_high']:+.1f}",
+                f"{row['p95_pct']:+.1f}",
+                f"{row['noise_pct']:.1f}",
+            )
+        table.add_section()
     console.print(table)
     found["load_average_after"] = os.getloadavg()[0]
     return found
-
-
-def _calibrated(engine: live_engines.Engine, budget_s: float, profile: Path, console: Console) -> Report:
-    wanted = Wanted(engine.url, engine.model, budget_s=budget_s, max_num_seqs=16, prompt_max=1024)
-    report = calibrate_engine(wanted, profile, lambda line: console.print(line, style="dim", markup=False))
-    show(report, profile, console)
-    return report
 
 
 def _device(report: Report) -> str:
@@ -151,39 +189,34 @@ def _device(report: Report) -> str:
     return f"cluster.devices=[{_hydra({'node': 'cpu', 'llm': report.device})}]"
 
 
-def _errors(runs: Sequence[Sequence[RunFidelity]]) -> Iterator[tuple[str, dict[str, float]]]:
-    """By latency. runs: each with its simulations, by the profile from before it and by that from after it. ``mean_pct``,
-    ``p95_pct``: simulated over live, each the mean of the runs. ``noise_pct``: from the least to the largest live mean, over
-    their mean. ``drift_pct``: between the two simulated means of a run, over the first, mean of the runs."""
-    (kind,) = runs[0][0].kinds
-    for name in ("ttft", "tpot", "e2e"):
-        latencies = [[each.kinds[kind][name] for each in run] for run in runs]
-        means = [first.mean.measured for first, _ in latencies]
-
-        def error(statistic: str, of: Sequence[Sequence[Latency]] = latencies) -> float:
-            pairs: list[Compared] = [getattr(each, statistic) for run in of for each in run]
-            return 100 * (sum(pair.simulated for pair in pairs) / sum(pair.measured for pair in pairs) - 1)
-
-        drifts = [abs(after.mean.simulated / before.mean.simulated - 1) for before, after in latencies]
-        yield (
-            name,
-            {
-                "measured_mean_ms": statistics.fmean(means) * 1e3,
-                "mean_pct": error("mean"),
-                "p95_pct": error("p95"),
-                "noise_pct": 100 * (max(means) - min(means)) / statistics.fmean(means),
-                "drift_pct": 100 * statistics.fmean(drifts),
-                "requests": sum(first.samples for first, _ in latencies),
-            },
-        )
+def _row(runs: Sequence[pd.DataFrame], latency: str) -> dict[str, float]:
+    """Of all runs of a load. ``mean_pct``, ``p95_pct``: simulated over live, of all their requests; ``mean_pct_low`` and ``high``:
+    the middle 95 % of the former when runs are drawn anew with replacement. ``noise_pct``: mean difference of the means of
+    two live runs that follow one another, over the mean."""
+    pairs = []
+    for run in runs:
+        both = run[[f"measured_{latency}_s", f"simulated_{latency}_s"]].dropna().to_numpy()
+        pairs.append((both[:, 0], both[:, 1]))
+    measured, simulated = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    sums = np.array([[each.sum() for each in pair] for pair in pairs])
+    drawn = sums[np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))].sum(axis=1)
+    low, high = np.percentile(drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
+    means = [float(each.mean()) for each, _ in pairs]
+    return {
+        "requests": len(measured),
+        "measured_mean_ms": float(measured.mean()) * 1e3,
+        "mean_pct": 100 * (float(simulated.mean() / measured.mean()) - 1),
+        "mean_pct_low": 100 * (float(low) - 1),
+        "mean_pct_high": 100 * (float(high) - 1),
+        "p95_pct": 100 * (percentile(simulated, 0.95) / percentile(measured, 0.95) - 1),
+        "noise_pct": 100 * statistics.fmean(abs(b - a) for a, b in pairwise(means)) / statistics.fmean(means),
+    }
 
 
 def _capacity(engine: live_engines.Engine, device: str, lengths: tuple[str, str], folder: Path) -> float:
     """Requests/s that the engine completes when there are always more: a burst, from first arrival to last end."""
-    import pandas as pd
-
     run = _live(
-        engine, device, lengths, 200.0, "{_target_: sage_bench.loads.Constant}", 0.6, folder / "burst", warmup=0
+        engine, device, lengths, 200.0, "{_target_: sage_bench.loads.Constant}", 1.5, folder / "burst", warmup=0
     )
     rows = pd.read_parquet(run / "requests.parquet")
     return float(len(rows) / ((rows["ended_ns"].max() - rows["scheduled_ns"].min()) / 1e9))
@@ -201,6 +234,7 @@ def _live(
 ) -> Path:
     overrides = [
         "driver=live",
+        f"driver.watch_core={ENGINE_CORE}",
         f"driver.engines=[{engine.url}]",
         f"+driver.models.llm={engine.model}",
         f"driver.tokenizer={live_engines.MODELS / engine.model}",

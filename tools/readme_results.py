@@ -199,6 +199,8 @@ def real(of: dict[str, Any]) -> list[str]:
     """Simulation against a real engine."""
     parts = []
     for found in of.values():
+        if "runs" not in found:
+            continue  # measured by another method, before a core was watched
         loads: dict[str, dict[str, dict[str, float]]] = {}
         for key, value in found.items():
             if isinstance(value, dict):
@@ -206,18 +208,18 @@ def real(of: dict[str, Any]) -> list[str]:
                 loads.setdefault(load, {})[latency] = value
         rows = []
         for load, latencies in loads.items():
-            cells = []
-            for each in (latencies[name] for name in ("ttft", "tpot", "e2e")):
-                beside = [each["noise_pct"], *([each["drift_pct"]] if "drift_pct" in each else [])]
-                cells.append(f"{each['mean_pct']:+.1f} ({'; '.join(f'{value:.1f}' for value in beside)})")
-            rows.append(f"| {load} | {latencies['e2e']['requests']} | {' | '.join(cells)} |")
-        times = "once" if "calibrations" not in found else f"{found['calibrations']} times between the loads"
+            cells = [
+                f"{each['mean_pct']:+.1f} ({each['mean_pct_low']:+.1f} to {each['mean_pct_high']:+.1f}), p95 {each['p95_pct']:+.1f}"
+                for each in (latencies[name] for name in ("ttft", "tpot", "e2e"))
+            ]
+            e2e = latencies["e2e"]
+            rows.append(f"| {load} | {e2e['requests']} | {' | '.join(cells)} | {e2e['noise_pct']:.0f} |")
         parts.append(
-            f"{found['engine']}, calibrated {times} with {found['calibration_requests']} requests (`make bench-real`, load "
-            f"average {found['load_average_before']:.1f}): error of the simulated mean in %; in brackets how far the live runs of that "
-            "load were apart, then how far the predictions from before and after each. Where either is larger than the "
-            "error, or the requests are few, the error says nothing.\n\n"
-            "| load | requests | TTFT | TPOT | E2E |\n|---|---|---|---|---|\n" + "\n".join(rows)
+            f"{found['engine']}, {found['runs']} live runs of each load in turn with calibration by {found['calibration_requests']} "
+            f"requests (`make bench-real`, load average {found['load_average_before']:.1f}): error of the simulated mean in %, in brackets "
+            "where the middle 95 % of it lie when the runs are drawn anew; noise: how far the mean E2E of two live runs of that "
+            "load, one after the other, are apart.\n\n"
+            "| load | requests | TTFT | TPOT | E2E | noise |\n|---|---|---|---|---|---|\n" + "\n".join(rows)
         )
     return ["\n\n".join(parts)]
 
