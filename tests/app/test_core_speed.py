@@ -23,7 +23,7 @@ from sage_bench.results.schema import CORE_SPEED
 from sage_bench.run import RunResult
 from sage_bench.validate.live import validate_run
 from sage_core.errors import ConfigError, DataError, EngineError
-from sage_core.units import RequestKind
+from sage_core.units import SECOND, RequestKind
 from sage_live.loadgen.options import Options
 from sage_sim.profile import PROFILES
 
@@ -60,10 +60,14 @@ def test_an_interruption_is_no_slowness() -> None:
     assert CoreSpeed(probes, EIGHT).slowness.max() < 1.1
 
 
-@given(st.lists(st.floats(0.5, 3.5), min_size=2, max_size=12), st.lists(st.floats(-10, 20), min_size=2, max_size=9))
-def test_seconds_and_work_are_each_other_s_inverse(slowness: list[float], instants_s: list[float]) -> None:
+@given(
+    st.lists(st.floats(0.5, 3.5), min_size=2, max_size=12),
+    st.lists(st.integers(-10 * SECOND, 20 * SECOND), min_size=2, max_size=9),
+)
+def test_seconds_and_work_are_each_other_s_inverse(slowness: list[float], instants_ns: list[int]) -> None:
+    """Of whole nanoseconds, which all instants are: of parts of one, rounding could change the order."""
     speed = CoreSpeed(probed(slowness), EIGHT)
-    instants = np.sort(np.array(instants_s)) * 1e9  # before the first probe and after the last, too
+    instants = np.sort(np.array(instants_ns))  # before the first probe and after the last, too
     assert speed.real(speed.work(instants)) == pytest.approx(instants, abs=10)
     assert (np.diff(speed.work(instants)) >= 0).all()
 
