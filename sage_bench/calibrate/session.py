@@ -44,6 +44,12 @@ POSITIONS: Final = 4096
 KV_TOKENS: Final = 65536
 BLOCK_SIZE: Final = 16
 
+_INTERFACES: Final = {
+    "chat": (RequestKind.LLM_CHAT, "/v1/chat/completions"),
+    "text": (RequestKind.LLM_GENERATE, "/v1/completions"),
+    "embedding": (RequestKind.EMBEDDING, "/v1/embeddings"),
+}
+
 SCATTER_MAX: Final = 0.03
 """Of the middle condition, relative: beyond it the error of a mean latency cannot be told within a few per cent."""
 
@@ -51,7 +57,8 @@ SCATTER_MAX: Final = 0.03
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What the user asks for; None: as the engine says, else as assumed. budget_s: about how long it may take.
-    prompt_max: longest prompt measured. tokenizer: prompts are chats of exactly so many tokens; None: token ids.
+    prompt_max: longest prompt measured. prompts: what an LLM engine is sent, chats or texts of exactly so many tokens, which
+    need the tokenizer, or token ids; None: chats if there is a tokenizer, else token ids.
     watch_core: the core of this machine on which the engine runs; the profile is in its work time
     (:mod:`sage_bench.core_speed`). None: in seconds."""
 
@@ -70,6 +77,7 @@ class Wanted:
     device: str | None = None
     seed: int = 0
     watch_core: int | None = None
+    prompts: Literal["chat", "text", "ids"] | None = None
 
 
 class Report(NamedTuple):
@@ -193,27 +201,31 @@ def _llm_report(
 async def _aimed(wanted: Wanted, facts: Facts, watched: Path | None) -> _Aim:
     # Words of its own for each calibration: the same again would be answered from the engine's prefix cache.
     words = time.time_ns()
-    kind = RequestKind.EMBEDDING if wanted.kind == "embedding" else RequestKind.LLM_CHAT
     notes: list[str] = []
-    if wanted.tokenizer is None:
-        if kind == RequestKind.EMBEDDING:
-            raise ConfigError("--tokenizer: needed, so that texts have exact lengths; give the model's tokenizer.json")
-        kind = RequestKind.LLM_GENERATE
-        ids = [str(number) for number in TOKEN_IDS]
-        prompts = Prompts(ids, seed=words, token_ids=True)
-        interface = "/v1/completions with token ids"
+    sent: str = wanted.prompts or ("chat" if wanted.tokenizer else "ids")
+    if wanted.kind == "embedding":
+        if wanted.prompts not in (None, "text"):
+            raise ConfigError(f"--prompts: an embedding engine is sent texts, got {wanted.prompts}")
+        sent = "embedding"
+    if sent == "ids":
+        kind, interface = RequestKind.LLM_GENERATE, "/v1/completions with token ids"
+        prompts = Prompts([str(number) for number in TOKEN_IDS], seed=words, token_ids=True)
         notes.append("prompts are token ids, so the time of chat templates and tokenisation is not in the profile")
+    elif wanted.tokenizer is None:
+        raise ConfigError("--tokenizer: needed, so that texts have exact lengths; give the model's tokenizer.json")
     else:
+        kind, interface = _INTERFACES[sent]
         prompts = with_tokenizer(wanted.tokenizer, seed=words)
-        interface = "/v1/embeddings" if kind == RequestKind.EMBEDDING else "/v1/chat/completions"
+        if sent == "text":
+            notes.append("prompts are texts, so the time of chat templates is not in the profile")
     options = Options(
         wanted.url, {PIPELINE: Model(facts.model, prompts)}, fixed_lengths=True, chunk_times=True, timeout_s=120.0
     )
-    if wanted.tokenizer is not None:
+    if sent != "ids":
         prompts = prompts.with_overhead(await measure_overhead(options, PIPELINE, kind))
         options = replace(options, models={PIPELINE: Model(facts.model, prompts)})
     at = Range(options, kind, watched)
-    at.fired = int(wanted.tokenizer is not None)  # the one that told the template's tokens
+    at.fired = int(sent != "ids")  # the one that told the template's tokens
     return _Aim(at, interface, prompts.overhead + 1, notes)
 
 

@@ -25,7 +25,11 @@ def command(
     kind: Annotated[Literal["llm", "embedding"], typer.Option(help="What the engine does.")] = "llm",
     tokenizer: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="The model's folder or tokenizer.json: prompts are chats. Else: token ids."),
+        typer.Option(metavar="PATH", help="The model's folder or tokenizer.json, for prompts of exact lengths."),
+    ] = None,
+    prompts: Annotated[
+        Literal["chat", "text", "ids"] | None,
+        typer.Option(help="What an LLM engine is sent; default: chats if there is a tokenizer, else token ids."),
     ] = None,
     budget_s: Annotated[float, typer.Option(min=1.0, help="About how long it may take, in seconds.")] = 120.0,
     max_num_seqs: Annotated[
@@ -77,6 +81,7 @@ def command(
         device,
         seed,
         watch_core,
+        prompts,
     )
     errors = Console(stderr=True, highlight=False)
     with errors.status("calibrating"):
