@@ -18,8 +18,10 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,6 +47,9 @@ ENGINE_CORE, OUR_CORE = 1, 0
 
 MAX_NUM_SEQS = 8
 """What streams out of a fuller batch would keep the other core busier than the engine's."""
+
+WARM_S = 25.0
+"""Of rounds that are thrown away: for its first twenty seconds of work vLLM takes a quarter longer for everything."""
 
 ROUNDS_FIRST = 2
 """Before the first live run, to know the capacity."""
@@ -123,6 +128,8 @@ def measure(
     wanted = Wanted(
         engine.url,
         engine.model,
+        tokenizer=live_engines.MODELS / engine.model,
+        prompts="text",  # as they are live: tokenisation takes its time
         budget_s=6 * options.round,  # of which half goes to three rounds
         max_num_seqs=MAX_NUM_SEQS,
         prompt_max=512,
@@ -130,7 +137,12 @@ def measure(
     )
     lengths = LENGTHS[options.engine]
     runs: dict[str, list[Path]] = {load: [] for load in options.loads}
-    with Interleaved(wanted, lambda line: console.print(line, style="dim", markup=False)) as calibration:
+    say = partial(console.print, style="dim", markup=False)
+    with Interleaved(wanted, say) as warming:
+        until = time.monotonic() + WARM_S
+        while time.monotonic() < until:
+            warming.round()
+    with Interleaved(wanted, say) as calibration:
         for _ in range(ROUNDS_FIRST):
             calibration.round()
         first = _device(calibration.solved(folder / "first.yaml"))
