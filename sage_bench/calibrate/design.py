@@ -8,19 +8,15 @@ machine does not fall on one condition. A round has
   decode at every power of two;
 * injections: prompts of rising lengths, one after another, into one running decode and into batches of them. What they
   take is read off the tokens of the others, so neither HTTP nor the API server is in it;
-* bursts: prompts sent at once;
-* a load: requests of mixed lengths as they come, whose first tokens tell what the API server takes from one request for another.
+* bursts: prompts sent at once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeAlias
-
-import numpy as np
 
 from sage_bench.calibrate.shots import Shot
 from sage_sim.iteration import KNOT_MAX
@@ -33,16 +29,6 @@ SHORT = 16
 
 APART_TOKENS = 8
 """Iterations without a prompt between two injections."""
-
-LOAD_PART = 0.3
-"""Of the time of a round."""
-
-LOAD_SHARE = 0.6
-"""Of what the engine should carry."""
-
-LOAD_OUTPUTS = (4, 40)
-LOAD_MIN = 6
-_IRRATIONAL = (math.sqrt(2), math.sqrt(3), math.sqrt(5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +53,7 @@ class Pace(NamedTuple):
     token_s: float
 
 
-Kind: TypeAlias = Literal["prefill", "decode", "mixed", "burst", "load"]
+Kind: TypeAlias = Literal["prefill", "decode", "mixed", "burst"]
 
 
 class Volley(NamedTuple):
@@ -90,25 +76,20 @@ class Design:
 
     def cost_s(self, pace: Pace) -> float:
         """About how long a round takes."""
-        return sum(
-            volley.shots[-1].at_ns / 1e9 + _cost_s(volley.shots[-1:], pace)
-            if volley.kind == "load"
-            else _cost_s(volley.shots, pace)
-            for volley in self.volleys
-        )
+        return sum(_cost_s(volley.shots, pace) for volley in self.volleys)
 
 
 def designed(limits: Limits, pace: Pace, round_s: float) -> Design:
     """The largest round that takes at most about ``round_s``: its longest prompts and contexts are what gives."""
     longest = min(min(limits.positions, limits.kv_tokens) - LADDER_TOKENS, limits.prompt_max)
     while True:
-        design = _design(limits, pace, longest, LOAD_PART * round_s)
+        design = _design(limits, pace, longest)
         if design.cost_s(pace) <= round_s or longest <= 8 * max(SHORT, limits.prompt_min):
             return design
         longest = longest * 3 // 4
 
 
-def _design(limits: Limits, pace: Pace, longest: int, load_s: float) -> Design:
+def _design(limits: Limits, pace: Pace, longest: int) -> Design:
     budget, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
     short = max(SHORT, limits.prompt_min)
     prompts = _lengths(limits.prompt_min, budget, longest)
@@ -130,8 +111,6 @@ def _design(limits: Limits, pace: Pace, longest: int, load_s: float) -> Design:
         length = max(short, min(budget // (2 * count), longest))
         volleys.append(Volley("burst", f"prompts {length}", (Shot(0, length, 1),) * count))
         together.add(max(count - 1, 1) * length)  # the first usually goes alone
-    most = min(longest, limits.kv_tokens // seqs) // 4
-    volleys.append(Volley("load", "requests as they come", _load(short, max(short, most), seqs, load_s, pace)))
     decodes = {1 << n for n in range(seqs.bit_length())} | {seqs}
     tokens = {
         *decodes,
@@ -165,19 +144,6 @@ def injections(seqs: int, context: int, lengths: Sequence[int], pace: Pace) -> t
         prompts.append(Shot(round(at_s * 1e9), length, 1))
         at_s += 1.5 * pace.token_s * length + (APART_TOKENS + 2) * pace.batch_s
     return (*(Shot(0, context, round(at_s / pace.decode_s)),) * seqs, *prompts)
-
-
-def _load(low: int, high: int, seqs: int, span_s: float, pace: Pace) -> tuple[Shot, ...]:
-    """Requests of mixed lengths that come as at random, at :data:`LOAD_SHARE` of what the engine should carry, for ``span_s``. The
-    same each time: multiples of irrational numbers stand for the draws."""
-    at_s = 0.0
-    shots: list[Shot] = []
-    while at_s < span_s or len(shots) < LOAD_MIN:
-        when, length, answer = ((len(shots) + 1) * step % 1.0 for step in _IRRATIONAL)
-        inputs, outputs = round(low * (high / low) ** length), round(np.interp(answer, (0, 1), LOAD_OUTPUTS))
-        shots.append(Shot(round(at_s * 1e9), inputs, outputs))
-        at_s -= math.log(1 - when) * (pace.token_s * inputs + pace.batch_s * outputs / seqs) / LOAD_SHARE
-    return tuple(shots)
 
 
 def _lengths(low: int, budget: int, longest: int) -> tuple[int, ...]:

@@ -128,9 +128,8 @@ def llm_profile(found: Calibrated, origin: Origin) -> Profile:
         assumptions=[
             *_assumptions(origin),
             f"overheads outside the iterations: {found.fit.ingress_us / 1e3:.3f} ms from the client to the engine's queue and "
-            f"back, of which {100 * found.api_share:.0f} % one request after another (the API server); an iteration is told "
-            f"{found.token_ns / 1e6:.3f} ms after its end for each of its tokens, and decided "
-            f"{'while the one before runs' if found.asynchronous else 'when it starts'}",
+            f"back, of which {100 * found.api_share:.0f} % one request after another (the API server); iterations are decided "
+            f"{'while the one before runs' if found.asynchronous else 'when they start'}",
             *(f"doubtful: {each}" for each in doubtful(found.observations, found.fit.predicted_us.tolist())),
         ],
     )
@@ -149,8 +148,8 @@ def llm_device(found: Calibrated, engine: LlmEngine, profile: Path) -> dict[str,
         "max_model_len": found.limits.positions,
         "prefix_caching": engine.prefix_caching,
         "async_scheduling": found.asynchronous,
-        "ingress_s": (ingress_ns - api_server_ns - found.token_ns) / 1e9,
-        "host": {"api_server_s": api_server_ns / 1e9, "detokenizer_token_s": found.token_ns / 1e9},
+        "ingress_s": (ingress_ns - api_server_ns) / 1e9,
+        "host": {"api_server_s": api_server_ns / 1e9},
     }
 
 

@@ -33,7 +33,6 @@ from sage_bench.calibrate.shots import Answers, Range, Shot
 from sage_bench.calibrate.twin import Latencies, measured, simulated
 from sage_core.rng import Streams
 from sage_sim.engine import LlmReplica
-from sage_sim.iteration import IterationWork
 from sage_sim.profile import FitError, Phase
 
 ROUNDS_MIN: Final = 3
@@ -51,9 +50,6 @@ OUTPUTS: Final = (8, 64)
 SHARES: Final = (0.0, 0.5, 1.0)
 """Of the ingress that the API server may need for each request, one after another; the rest is mere latency."""
 
-TOKEN_MAX: Final = 0.25
-"""Of the shortest iteration, that the API server may need for each token."""
-
 
 @dataclass(frozen=True, slots=True)
 class Tried:
@@ -66,8 +62,7 @@ class Tried:
 
 
 class Calibrated(NamedTuple):
-    """What was found. asynchronous: an iteration is decided when the one before starts. api_share: see ``SHARES``.
-    token_ns: what each token of an iteration takes until the iteration is told."""
+    """What was found. asynchronous: an iteration is decided when the one before starts. api_share: see ``SHARES``."""
 
     limits: Limits
     design: Design
@@ -76,7 +71,6 @@ class Calibrated(NamedTuple):
     errors: dict[Phase, FitError]
     asynchronous: bool
     api_share: float
-    token_ns: int
     tried: list[Tried]
     rounds: int
     requests: int
@@ -141,24 +135,12 @@ class Calibration:
         terms = _terms(design, limits)
         fit, errors = terms.solved(observations, self._streams)
         replica, asynchronous, api_share = _scheduled(fit, limits, engine, fired)
-        replica, token_ns = _told(replica, [answers for volley, answers in fired if volley.kind == "load"])
         seen = replace(limits, prompt_max=design.prompts[-1])
         tried = await _tried(self._at, replica, seen, self._budget_s, self._streams, self._say) if loads else []
         seconds = time.monotonic() - self._began
         rounds, requests = self._rounds, self._at.fired
         return Calibrated(
-            limits,
-            design,
-            observations,
-            fit,
-            errors,
-            asynchronous,
-            api_share,
-            token_ns,
-            tried,
-            rounds,
-            requests,
-            seconds,
+            limits, design, observations, fit, errors, asynchronous, api_share, tried, rounds, requests, seconds
         )
 
     def _with_volleys(self, answers: Sequence[Answers]) -> list[tuple[Volley, Answers]]:
@@ -230,7 +212,7 @@ def _observed(fired: Sequence[tuple[Volley, Answers]], budget: int, pace: Pace) 
             found += of_decode(answers, volley.name)
         elif volley.kind == "mixed":
             found += of_mixed(answers, budget, volley.name)
-        elif volley.kind == "burst":
+        else:
             found += of_burst(answers, budget, volley.name, 0.5e9 * pace.decode_s)
     return repeated(found)
 
@@ -264,25 +246,6 @@ def _scheduled(
     assert best is not None
     _, asynchronous, share = best
     return replica_of(fit, limits, engine, asynchronous=asynchronous, api_share=share), asynchronous, share
-
-
-def _told(replica: LlmReplica, loads: Sequence[Answers]) -> tuple[LlmReplica, int]:
-    """With the time for each token of an iteration by which the mean TTFT under load is what was measured. A lone request's
-    stays as it is. An API server that sends the tokens of others, and reads their requests, has less time for the next."""
-    most_ns = min(replica.ingress_ns, round(TOKEN_MAX * replica.time.iteration_ps(IterationWork(1, 1)) / 1000))
-
-    def with_token(ns: int) -> LlmReplica:
-        return replace(replica, ingress_ns=replica.ingress_ns - ns, detokenizer_token_ns=ns)
-
-    def mean_s(of: LlmReplica) -> float:
-        return float(np.concatenate([simulated(of, each.shots, each.sent_ns).ttft for each in loads]).mean())
-
-    aim_s = float(np.concatenate([measured(each).ttft for each in loads]).mean())
-    least_s, most_s = mean_s(replica), mean_s(with_token(most_ns))
-    if most_s <= least_s:
-        return replica, 0
-    token_ns = round(most_ns * min(max((aim_s - least_s) / (most_s - least_s), 0.0), 1.0))
-    return with_token(token_ns), token_ns
 
 
 async def _tried(

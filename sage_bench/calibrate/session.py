@@ -33,7 +33,7 @@ from sage_core.rng import Streams
 from sage_core.units import RequestKind
 from sage_live.loadgen.options import Model, Options
 from sage_live.loadgen.overhead import measure_overhead
-from sage_live.loadgen.prompts import Prompts, with_tokenizer
+from sage_live.loadgen.prompts import Prompts, of_token_ids, with_tokenizer
 from sage_sim.iteration import KNOT_MAX
 from sage_sim.profile import Profile
 
@@ -209,10 +209,16 @@ async def _aimed(wanted: Wanted, facts: Facts, watched: Path | None) -> _Aim:
         sent = "embedding"
     if sent == "ids":
         kind, interface = RequestKind.LLM_GENERATE, "/v1/completions with token ids"
-        prompts = Prompts([str(number) for number in TOKEN_IDS], seed=words, token_ids=True)
+        prompts = (
+            of_token_ids(wanted.tokenizer, seed=words)
+            if wanted.tokenizer
+            else Prompts([str(number) for number in TOKEN_IDS], seed=words, token_ids=True)
+        )
         notes.append("prompts are token ids, so the time of chat templates and tokenisation is not in the profile")
     elif wanted.tokenizer is None:
-        raise ConfigError("--tokenizer: needed, so that texts have exact lengths; give the model's tokenizer.json")
+        raise ConfigError(
+            "--tokenizer: needed, so that texts have exact lengths; give the model's folder or tokenizer.json"
+        )
     else:
         kind, interface = _INTERFACES[sent]
         prompts = with_tokenizer(wanted.tokenizer, seed=words)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 from sage_bench.calibrate.design import Limits, Pace, designed, injections, ladder
 from sage_bench.calibrate.engine import ask
 from sage_bench.calibrate.fit import STIFFNESS, Terms
-from sage_bench.calibrate.llm import _told, held_out
+from sage_bench.calibrate.llm import held_out
 from sage_bench.calibrate.observation import (
     Condition,
     Observation,
@@ -32,12 +31,10 @@ from sage_bench.calibrate.observation import (
 )
 from sage_bench.calibrate.session import Interleaved, Wanted
 from sage_bench.calibrate.shots import Answers, Shot
-from sage_bench.calibrate.twin import simulated
 from sage_bench.config import EmbedConfig, LlmConfig
 from sage_bench.emulate import emulation
-from sage_core.errors import EngineError
+from sage_core.errors import DataError, EngineError
 from sage_core.rng import Streams
-from sage_sim.engine import LlmReplica
 from sage_sim.iteration import IterationTime, IterationWork
 from sage_sim.profile import load_profile
 
@@ -142,6 +139,11 @@ def test_texts_instead_of_chats(sage: Sage, tmp_path: Path) -> None:
         assert done.code == 0, done.err
         assert "by /v1/completions;" in load_profile(str(tmp_path / "x.yaml")).source.method.replace("\n", " ")
         assert "chat templates is not in the profile" in done.out
+        done = sage("calibrate", url, "--out", str(tmp_path / "y.yaml"), "--prompts", "ids", *options[2:])
+        assert done.code == 0 and "with token ids" in done.out + (tmp_path / "y.yaml").read_text()
+        missing = ("--prompts", "ids", "--tokenizer", str(tmp_path / "none.json"))
+        done = sage("calibrate", url, "--out", str(tmp_path / "z.yaml"), *missing)
+        assert done.code == DataError.exit_code and "none.json" in done.err
         done = sage("calibrate", url, "--out", str(tmp_path / "y.yaml"), "--prompts", "chat")
         assert done.code == 2 and "--tokenizer" in done.err
         done = sage("calibrate", url, "--out", str(tmp_path / "y.yaml"), "--kind", "embedding", "--prompts", "ids")
@@ -258,31 +260,6 @@ def test_noise_is_not_drawn_as_bends() -> None:
     assert off(STIFFNESS, 0.001) < 0.01 < off(STIFFNESS[-1:], 0.001)
 
 
-# --- what only a simulation can tell ------------------------------------------------------------------------------------
-
-
-def test_what_requests_take_from_one_another_is_found_in_a_load() -> None:
-    limits = Limits(8, 2048, 4096, 65536)
-    load = next(each for each in designed(limits, Pace(0.006, 0.008, 1e-4), 30.0).volleys if each.kind == "load")
-    sent_ns = np.array([shot.at_ns for shot in load.shots])
-    plain = LlmReplica(
-        0, "llm", LAW, max_num_seqs=8, max_num_batched_tokens=2048, block_size=16, kv_blocks=4096, ingress_ns=6 * MS
-    )
-
-    def told(truth: LlmReplica) -> int:
-        first_ns = sent_ns + np.rint(simulated(truth, load.shots, sent_ns).ttft * 1e9).astype(np.int64)
-        replica, token_ns = _told(
-            plain, [Answers(load.shots, sent_ns, first_ns, first_ns, [first_ns[[i]] for i in range(len(sent_ns))], 0)]
-        )
-        assert replica.ingress_ns + token_ns == plain.ingress_ns  # a lone request's first token comes when it did
-        return token_ns
-
-    for each in (MS // 10, MS // 3):
-        assert told(replace(plain, ingress_ns=6 * MS - each, detokenizer_token_ns=each)) == pytest.approx(each, rel=0.2)
-    assert told(plain) == 0
-    assert told(replace(plain, ingress_ns=5 * MS)) == 0  # faster than it should be: nothing is taken
-
-
 # --- instants -------------------------------------------------------------------------------------------------------------
 
 
@@ -343,10 +320,9 @@ def test_the_design_fits_the_engine_and_the_time() -> None:
         for volley in design.volleys:
             assert all(shot.input_tokens + shot.output_tokens <= 4096 for shot in volley.shots)
             assert all(shot.input_tokens >= 30 for shot in volley.shots)
-            sizes = sorted(shot.input_tokens + shot.output_tokens for shot in volley.shots)
-            assert sum(sizes[-16:] if volley.kind == "load" else sizes) <= 60_000
+            assert sum(shot.input_tokens + shot.output_tokens for shot in volley.shots) <= 60_000
         assert design.cost_s(pace) <= round_s or max(design.prompts) <= 8 * 30
-        assert {volley.kind for volley in design.volleys} == {"prefill", "decode", "mixed", "burst", "load"}
+        assert {volley.kind for volley in design.volleys} == {"prefill", "decode", "mixed", "burst"}
     alone = designed(Limits(1, 512, 1024, 4096), pace, 10.0)
     assert all(volley.shots for volley in alone.volleys)
     outputs = sorted(shot.output_tokens for shot in ladder(8, 16, 2048))
