@@ -60,13 +60,11 @@ class Measured(NamedTuple):
     efforts: list[Effort]  # one a process
 
 
-async def generate(
-    load: Load | ColumnLoad, options: Options, *, start_ns: int | None = None, stop: asyncio.Event | None = None
-) -> Measured:
-    """Run ``load`` to its end in this process, or until ``stop`` is set. ``start_ns`` as in :meth:`LoadGenerator.run`."""
+async def generate(load: Load | ColumnLoad, options: Options, *, stop: asyncio.Event | None = None) -> Measured:
+    """Run ``load`` to its end in this process, or until ``stop`` is set."""
     generator = LoadGenerator(load, options)
     await generator.prepare()
-    return await generator.run(start_ns, stop)
+    return await generator.run(stop=stop)
 
 
 class LoadGenerator:
@@ -114,10 +112,9 @@ class LoadGenerator:
     async def run(self, start_ns: int | None = None, stop: asyncio.Event | None = None) -> Measured:
         """Send until the load ends and all is answered, or until ``stop`` is set.
 
-        start_ns: CLOCK_MONOTONIC of the run's instant 0; default is as soon as possible. A start in the past is an error.
+        start_ns: CLOCK_MONOTONIC of the run's instant 0; default is as soon as possible. What was due before this call is
+        sent at once, as late as it then is.
         """
-        if start_ns is not None and start_ns < time.monotonic_ns():
-            raise ConfigError(f"start_ns: {start_ns} has passed; preparing took too long")
         self.start_ns = time.monotonic_ns() + LEAD_NS if start_ns is None else start_ns
         self._sending_from_s = time.thread_time()
         self._alarm = Alarm(self._send_due)

@@ -27,7 +27,8 @@ from sage_live.loadgen.options import Options
 from sage_live.loadgen.schema import FIELDS, gap_counts
 from sage_live.loadgen.worker import JOB, rows_file
 
-LEAD_NS = 50 * MILLISECOND
+LEAD_NS = 200 * MILLISECOND
+"""From the moment when all are ready to the start. A process that is held up for longer is late, and its send lag says so."""
 
 
 async def run_processes(
@@ -35,7 +36,6 @@ async def run_processes(
     options: Options,
     processes: int,
     *,
-    start_ns: int | None = None,
     stop: asyncio.Event | None = None,
 ) -> Measured:
     """Run ``load`` from ``processes`` processes, to its end or until ``stop`` is set. Arguments as of ``generate``."""
@@ -50,7 +50,7 @@ async def run_processes(
                 workers.append(worker)
             for worker in workers:
                 await _told(worker)
-            start = time.monotonic_ns() + LEAD_NS if start_ns is None else start_ns
+            start = time.monotonic_ns() + LEAD_NS
             for worker in workers:
                 _stdin(worker).write(b"%d\n" % start)
             if stop is not None:

@@ -346,6 +346,21 @@ def test_latency_counts_from_the_scheduled_instant_and_the_lag_is_told() -> None
     assert "send lag" in told.invalid[0]
 
 
+def test_a_process_that_was_held_up_at_the_start_is_late_and_says_so() -> None:
+    async def go() -> Measured:
+        async with serving() as server:
+            generator = LoadGenerator(Columns(every(100)), options(server.url))
+            await generator.prepare()
+            return await generator.run(time.monotonic_ns() - 200 * MILLISECOND)
+
+    measured = asyncio.run(go())
+    rows = dict(zip(FIELDS, measured.rows.T, strict=True))
+    assert rows["error"].tolist() == [0] * 100
+    assert rows["scheduled_ns"].tolist() == every(100)
+    assert (rows["sent_ns"] - rows["scheduled_ns"]).min() >= 100 * MILLISECOND
+    assert "send lag" in summary(measured, fixed_lengths=False).invalid[0]
+
+
 def test_an_overloaded_generator_is_invalid() -> None:
     """No machine sends ten million requests a second from Python."""
     measured, rows, _ = run(Columns([i * 100 for i in range(4000)]))
