@@ -2,14 +2,16 @@
 
 A fake engine that answers at once and a load generator (both C++, ``benchmarks/http``) share one core; the process tree of
 the router under test has another. Cells: JSON chat, chat streamed as 33 events back to back, and embeddings, closed loop
-at concurrency 1, 16 and 64; and a paced stream, 5 ms between events, open loop. A router adds its median less that of the
+at concurrency 1, 16 and 64; and paced streams, 5 ms between events, open loop, of 33 events and of 329: what a stream
+costs is shared by its events, so the first tells of requests, the second of tokens. A router adds its median less that of the
 direct connection of the same round. CPU time is that of the router's process tree over all its requests, warm-up
 included.
 
 Systems take turns cell by cell, so that they meet the same disturbances; each figure is the median of the rounds. A cell
 with one failed request has no figure, and the exit status is 1. These machines are noisy: compare figures of one run.
 
-``vllm_router`` is the PyPI package, installed into ``.sage/bench``. ``--peer NAME COMMAND`` adds another router; the
+``bare_relay`` passes bytes from socket to socket and looks at none: what the kernel takes. ``vllm_router`` is the PyPI
+package, installed into ``.sage/bench``. ``--peer NAME COMMAND`` adds another router; the
 command says {port} where it is to listen and {backend} where the engine's port goes.
 """
 
@@ -60,6 +62,7 @@ CHAT_MODEL, EMBED_MODEL = "fake", "fake-embed"
 KINDS = ("chat", "stream", "embed")
 CONCURRENCY = (1, 16, 64)
 EVENTS = 33  # data events of a stream
+EVENTS_LONG = 329
 PACE_MS = 5
 PACED_RATE = (
     97.0  # streams/s: 3,200 events/s; about 16 streams at a time, which get their events together. Arrivals are
@@ -73,6 +76,7 @@ TARGETS: tuple[tuple[str, float | None, float | None], ...] = (
     ("embed_c16_cpu_us", None, 1.3),
     ("embed_c64_cpu_us", None, 1.3),
     ("paced_chunk_cpu_us", 40.0, None),
+    ("paced_long_chunk_cpu_us", 40.0, None),
     ("paced_ttft_added_us", 1000.0, None),
     ("idle_dispatch_p99_us", 1000.0, None),
 )
@@ -85,10 +89,13 @@ class Cell:
     name: str
     kind: str
     load: tuple[str, ...]
+    events: int = EVENTS
+    times: int = 1
+    """How much longer than the others it is measured."""
 
     @property
     def paced(self) -> bool:
-        return self.name == "paced"
+        return self.name.startswith("paced")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +111,14 @@ Sample = dict[str, float]  # what one system did in one cell of one round
 CELLS = (
     *(Cell(f"{kind}_c{c}", kind, ("--connections", str(c))) for kind in KINDS for c in CONCURRENCY),
     Cell("paced", "stream", ("--rate", str(PACED_RATE))),
+    Cell("paced_long", "stream", ("--rate", str(PACED_RATE * EVENTS / EVENTS_LONG)), EVENTS_LONG, 3),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one round of short cells, to try the script")
-    parser.add_argument("--systems", default="vllm_router,ours", help="which to measure, beside direct")
+    parser.add_argument("--systems", default="bare_relay,vllm_router,ours", help="which to measure, beside direct")
     parser.add_argument("--cells", default=",".join(c.name for c in CELLS), help="which cells to measure")
     parser.add_argument(
         "--peer", nargs=2, action="append", default=[], metavar=("NAME", "COMMAND"), help="another router"
@@ -131,7 +139,7 @@ def main() -> None:
         backend = stack.enter_context(fake_backend())
         systems, skipped = start(stack, options.systems.split(","), dict(options.peer), backend)
         samples, refused = measure(systems, cells, backend, rounds, seconds)
-        set_pace(backend, 0)
+        set_pace(backend, 0, EVENTS - 2)
         ours = [system for system in systems if system.name == "ours"]
         figures["idle_dispatch_p99_us"] = idle_dispatch_p99_us(ours[0], seconds) if ours else None
     names = [system.name for system in systems]
@@ -170,6 +178,11 @@ def ours_command(port: int, backend: int, record: Path) -> list[str]:
     ]
 
 
+def bare_relay_command(port: int, backend: int) -> list[str]:
+    """Bytes from socket to socket."""
+    return [str(tool("bare_relay")), "--port", str(port), "--backend", str(backend)]
+
+
 def vllm_router_command(port: int, backend: int) -> list[str]:
     """The router of PyPI, installed on first use; round robin, its cheapest policy.
 
@@ -200,6 +213,7 @@ def start(
     skipped: dict[str, str] = {}
     record = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sage-bench-")))
     known: dict[str, Callable[[int, int], list[str]]] = {
+        "bare_relay": bare_relay_command,
         "vllm_router": vllm_router_command,
         "ours": partial(ours_command, record=record / "run"),
     }
@@ -251,7 +265,7 @@ def measure(
         # Each round begins with another system: none always follows the same neighbour.
         first = turn % len(systems)
         for cell in cells:
-            set_pace(backend, PACE_MS if cell.paced else 0)
+            set_pace(backend, PACE_MS if cell.paced else 0, cell.events - 2)
             for system in (*systems[first:], *systems[:first]):
                 sample = one(system, cell, seconds)
                 if isinstance(sample, str):
@@ -269,7 +283,7 @@ def one(system: System, cell: Cell, seconds: float) -> Sample | str:
     model = EMBED_MODEL if cell.kind == "embed" else CHAT_MODEL
     command = [
         *pinned(0), str(tool("http_load")), "--port", str(system.port), "--kind", cell.kind, "--model", model,
-        "--events", str(EVENTS), "--seconds", str(seconds), "--warmup-s", "0.2", *cell.load,
+        "--events", str(cell.events), "--seconds", str(seconds * cell.times), "--warmup-s", "0.2", *cell.load,
     ]  # fmt: skip
     try:
         before = cpu_ns(system.process) if system.process else 0
@@ -333,11 +347,12 @@ def summary(
             rows = samples.get((system, cell.name), [])
             direct = samples.get(("direct", cell.name), [])
             if cell.paced:
-                figures[f"{system}_paced_ttft_p50_us"] = median(rows, "ttft_p50_us")
+                figures[f"{system}_{cell.name}_ttft_p50_us"] = median(rows, "ttft_p50_us")
                 if system != "direct":
                     chunk = median(rows, "cpu_us")
-                    figures[f"{system}_paced_chunk_cpu_us"] = None if chunk is None else round(chunk / EVENTS, 2)
-                    figures[f"{system}_paced_ttft_added_us"] = added(rows, direct, "ttft_p50_us")
+                    per_event = None if chunk is None else round(chunk / cell.events, 2)
+                    figures[f"{system}_{cell.name}_chunk_cpu_us"] = per_event
+                    figures[f"{system}_{cell.name}_ttft_added_us"] = added(rows, direct, "ttft_p50_us")
                 continue
             for name in ("rps", "p50_us", "p99_us"):
                 figures[f"{system}_{cell.name}_{name}"] = median(rows, name)

@@ -107,8 +107,10 @@ def others_share(before: tuple[float, float, float]) -> float:
     return max(0.0, whole - idle_s - mine_s) / whole
 
 
-def set_pace(backend: int, ms: float) -> None:
-    request = urllib.request.Request(f"http://127.0.0.1:{backend}/pace?ms={ms}", b"", method="POST")
+def set_pace(backend: int, ms: float, chunks: int) -> None:
+    """Of streams of the fake engine that begin later: time between events, and content deltas."""
+    url = f"http://127.0.0.1:{backend}/pace?ms={ms}&chunks={chunks}"
+    request = urllib.request.Request(url, b"", method="POST")
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5):
         pass
 

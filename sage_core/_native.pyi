@@ -265,6 +265,27 @@ class Stepper:
     @property
     def digest(self) -> bytes: ...
 
+class StreamRelay:
+    """Passes reads of an engine's streamed answer on to its client without taking them apart.
+
+    A call with what one read of the engine's socket brought writes it as it is and returns true, where it is whole chunks
+    of whole server-sent events of which nobody on the way has to know more than their number. Else it returns false, and
+    the caller does what it does without a relay; the relay follows the framing, so that it can go on with a later read.
+    Reads with usage, an error, ``[DONE]`` or a carriage return in them are not; after the last chunk, or framing other than
+    plain sizes, none is.
+
+    write: of the client's transport.
+    """
+
+    def __init__(self, write: Callable[[bytes], object]) -> None: ...
+    def pass_on(self, data: bytes) -> bool: ...
+    def follow(self, data: bytes, start: int) -> None: ...  # of the body, in a read that went another way
+    def stop(self) -> None: ...  # from now on a call returns false
+    @property
+    def events(self) -> int: ...  # passed on
+    @property
+    def bytes(self) -> int: ...  # passed on, framing included
+
 class Predict:
     """A native predictor; see sage_core.policy.Predict."""
 

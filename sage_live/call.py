@@ -5,12 +5,14 @@ Payloads live here and only here: the control plane sees ids and sizes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from sage_core.units import RequestKind
 from sage_live.errors import ApiError
 
 if TYPE_CHECKING:
+    from sage_core._native import StreamRelay
     from sage_live.pipelines.run import PipelineRun
 
 
@@ -72,6 +74,7 @@ class Call:
         "output_tokens",
         "path",
         "prompt_tokens",
+        "relay",
         "reply",
         "reply_type",
         "request",
@@ -111,6 +114,9 @@ class Call:
         """Of a request for a declared pipeline: its stages, each of which is a call of its own."""
         self.flow: Flow | None = None
         """Of a stream: the engine's end, which can be told to wait."""
+        self.relay: Callable[[], StreamRelay | None] | None = None
+        """Of a stream that began: makes what writes its chunks as the engine frames them (sage_live.http.request.Request.relay).
+        None where the answer wants whole events through :meth:`Answer.piece`."""
         self.begun = False
         """Whether any of the stream has left."""
         self.tail = b""

@@ -200,6 +200,7 @@ class Watch:
         if self.state is State.HEALTHY and (certain or enough):
             self._out_of_order(why)
         if self.state is State.DRAINING and enough and self.engine.flights:
+            self.engine.hear()
             silent = self._driver.now - self.engine.heard_ns
             if silent > seconds(self._config.interval_s + self._config.timeout_s):
                 self._cut(f"{why}, and its work is silent too")
@@ -238,6 +239,7 @@ class Watch:
         """Work on it and not a word for long: ask for one token more. A busy engine answers that between two others."""
         now = self._driver.now
         engine = self.engine
+        engine.hear()
         oldest = min((flight.since for flight in engine.flights.values() if not flight.paused), default=now)
         silent = now - max(oldest, engine.heard_ns)
         if silent > seconds(self._config.stall_s) // 2 and (self._proof is None or self._proof.done()):
@@ -252,6 +254,7 @@ class Watch:
         engine = self.engine
         if engine.replica != replica or not engine.flights:
             return
+        engine.hear()
         if not why:
             engine.heard_ns = self._driver.now
         elif engine.heard_ns < asked_at:

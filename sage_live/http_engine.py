@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sage_core import events as e
+from sage_core._native import StreamRelay
 from sage_core.commands import Cancel, Dispatch, Task
 from sage_core.errors import ConfigError
 from sage_core.units import Nanos, PoolKind, request_of
@@ -125,7 +126,7 @@ class HttpEngine:
         self.flights: dict[int, _Flight] = {}
         self.served = 0
         self.heard_ns = 0
-        """When it last said anything about work."""
+        """When it last said anything about work; of relayed streams, when :meth:`hear` last found so."""
         self.idle_ns = 0
         """Since when it has nothing to do, where that is so."""
         self.pace = Pace()
@@ -191,6 +192,13 @@ class HttpEngine:
             spec.output_token_ns,
             spec.output_seq_ns,
         )
+
+    def hear(self) -> None:
+        """Look whether streams went on that are relayed: what they say is not seen here as it comes."""
+        for flight in self.flights.values():
+            if isinstance(flight, _Stream) and flight.relayed != flight.heard:
+                flight.heard = flight.relayed
+                self.heard_ns = self.now()
 
     def drop(self) -> None:
         """Cut every exchange and say nothing of it: the replica has left."""
@@ -452,9 +460,12 @@ class _Whole(_Flight):
 
 
 class _Stream(_Whole):
-    """One task, answered in pieces that are passed on as they come, whole events only. Its client may make it wait."""
+    """One task, answered in pieces that are passed on as they come, whole events only. Its client may make it wait.
 
-    __slots__ = ("broken", "events", "final", "rest", "slowed", "streams")
+    After the first piece a relay may take over those that hold tokens only: they do not come by here.
+    """
+
+    __slots__ = ("broken", "events", "final", "heard", "relay", "rest", "slowed", "streams")
 
     def __init__(self, engine: HttpEngine, task: int, call: Call) -> None:
         super().__init__(engine, task, call)
@@ -464,6 +475,13 @@ class _Stream(_Whole):
         self.events = 0
         self.final = b""  # what came last
         self.rest = b""
+        self.relay: StreamRelay | None = None
+        self.heard = 0  # events of the relay, at the last look
+
+    @property
+    def relayed(self) -> int:
+        """Events that went to the client past this."""
+        return 0 if self.relay is None else self.relay.events
 
     def pause(self) -> None:
         if self.exchange is not None:
@@ -488,7 +506,8 @@ class _Stream(_Whole):
             return
         if self.broken:
             return
-        call = self.call
+        call, exchange = self.call, self.exchange
+        assert exchange is not None
         self.engine.heard_ns = now = self.engine.now()
         if b"\r" in data:  # some end lines the other way; within JSON it would be escaped
             data = data.replace(b"\r", b"")
@@ -503,6 +522,7 @@ class _Stream(_Whole):
         if b'data: {"error"' in data:  # the engine broke while it answered: a status can no longer say so
             data = data[: data.index(b'data: {"error"')]
             self.broken = True
+            exchange.relay = None
             if not data:
                 return
         if not self.events:
@@ -510,21 +530,26 @@ class _Stream(_Whole):
             self.engine.post(e.TokensProduced(self.task, 1))
         self.events += data.count(b"\n\n")
         self.final = data
+        if b"[DONE]" in data:
+            exchange.relay = None
         if b'"usage"' in data:
             usage = done_usage(data)
             if usage is not None:
                 call.prompt_tokens, call.output_tokens = usage
                 if not call.usage_asked:
                     data = without_usage(data)
-        if self.exchange.last:  # type: ignore[union-attr]  # it goes with the end, in one system call
+        if exchange.last:  # it goes with the end, in one system call
             call.tail += data
             return
-        if not call.begun:
+        first = not call.begun
+        if first:
             call.begun = True
             call.flow = self
             call.answer.begin(self.content_type)
         if data:
             call.answer.piece(data)
+            if first and call.relay is not None and not self.broken and b"[DONE]" not in data:
+                exchange.relay = self.relay = call.relay()
 
     def on_end(self) -> None:
         engine, call = self.engine, self.call
@@ -546,7 +571,8 @@ class _Stream(_Whole):
             engine.post(e.TaskFailed(self.task, f"the engine {why}", True))
             return
         if not call.output_tokens:
-            call.output_tokens = max(1, self.events - 2)  # no usage: an event a token, but the role's and [DONE]
+            # No usage: an event a token, but the role's and [DONE].
+            call.output_tokens = max(1, self.events + self.relayed - 2)
         if not self.slowed:
             engine.pace.saw(engine.heard_ns, engine.heard_ns - self.since, call.input_tokens, call.output_tokens)
         engine.post(e.TaskFinished(self.task, call.output_tokens))

@@ -140,7 +140,8 @@ def gateway(of: dict[str, Any]) -> list[str]:
             ("JSON chat at 64 connections", "chat_c64_cpu_us"),
             ("33-event streams at 16", "stream_c16_cpu_us"),
             ("embeddings at 16", "embed_c16_cpu_us"),
-            ("a paced chunk", "paced_chunk_cpu_us"),
+            ("a chunk (paced, 33 a stream)", "paced_chunk_cpu_us"),
+            ("a chunk (paced, 329 a stream)", "paced_long_chunk_cpu_us"),
         )
     }
     told = "; ".join(
@@ -148,9 +149,11 @@ def gateway(of: dict[str, Any]) -> list[str]:
         for name, (mine, theirs) in pairs.items()
         if mine is not None
     )
+    floor = of.get("bare_relay_paced_long_chunk_cpu_us")
+    kernel = "" if floor is None else f" (from socket to socket, unread, a chunk takes {floor:.0f})"
     return [
         f"Gateway (`make bench-gateway`, load average {of['load_average']:.1f}; a fast fake engine, the whole control plane in "
-        f"the path): CPU-microseconds a request, `vllm-router` in the same run in brackets: {told}. An arriving request "
+        f"the path): CPU-microseconds a request, `vllm-router` in the same run in brackets: {told}{kernel}. An arriving request "
         f"whose engine is idle has left after {of['idle_dispatch_p99_us']:.0f} us (p99).",
     ]
 

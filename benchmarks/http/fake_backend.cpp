@@ -7,14 +7,15 @@
 // them and a finish with the usage after them, then [DONE], each event in a write of its own.
 //
 // --pace-ms: time between events, 0 for back to back. As in an engine, whose every iteration gives each running request
-// a token, all streams get their next event at the same tick; the first event never waits. POST /pace?ms=5 changes it
-// for streams that begin later (a gateway may drop headers and fields that it does not know, so a request cannot say
-// it).
+// a token, all streams get their next event at the same tick; the first event never waits. POST /pace?ms=5&chunks=31
+// changes both for streams that begin later (a gateway may drop headers and fields that it does not know, so a request
+// cannot say it).
 //
 // An embedding input (a string, or an array of tokens) always gets the same one of 64 vectors, see wire.hpp.
 //
 // GET /stats: {"requests", "streams", "aborted", "open"}: aborted counts streams whose reader went away before the end.
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <queue>
 #include <vector>
@@ -46,6 +47,11 @@ constexpr std::string_view kUsage = R"("usage":{"prompt_tokens":96,"total_tokens
 struct Answer {
   std::string whole;
   std::vector<std::string> events;
+};
+
+struct Answers {
+  Answer chat;
+  Answer completion;
 };
 
 Answer make_answer(bool chat, int chunks) {
@@ -219,8 +225,8 @@ class Server {
       : epoll_(epoll_create1(0)),
         listener_(socket(AF_INET, SOCK_STREAM, 0)),
         pace_ns_(static_cast<std::int64_t>(pace_ms * 1e6)),
-        chat_(make_answer(true, chunks)),
-        completion_(make_answer(false, chunks)),
+        chunks_(chunks),
+        answers_(&answers_of(chunks)),
         vectors_{make_vectors(false), make_vectors(true)} {
     const int on = 1;
     setsockopt(listener_, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
@@ -305,12 +311,16 @@ class Server {
     const auto start = head.find(' ') + 1;
     const auto target = head.substr(start, head.find(' ', start) - start);
     const auto path = target.substr(0, target.find('?'));
-    if (path == "/v1/chat/completions") return generate(connection, chat_);
-    if (path == "/v1/completions") return generate(connection, completion_);
+    if (path == "/v1/chat/completions") return generate(connection, answers_->chat);
+    if (path == "/v1/completions") return generate(connection, answers_->completion);
     if (path == "/v1/embeddings") return embed(connection);
     if (path == "/pace") {
-      const auto value = target.find("ms=");
-      pace_ns_ = value == std::string_view::npos ? 0 : static_cast<std::int64_t>(1e6 * std::atof(&target[value + 3]));
+      const auto value = [&](std::string_view name, double otherwise) {
+        const auto at = target.find(name);
+        return at == std::string_view::npos ? otherwise : std::atof(&target[at + name.size()]);
+      };
+      pace_ns_ = static_cast<std::int64_t>(1e6 * value("ms=", 0));
+      answers_ = &answers_of(static_cast<int>(value("chunks=", chunks_)));
       return put(connection, response(200, "{}"));
     }
     return put(connection, manage(path));
@@ -347,6 +357,12 @@ class Server {
       return response(200, "{\"requests\":" + std::to_string(requests_) + ",\"streams\":" + std::to_string(streams_) +
                                ",\"aborted\":" + std::to_string(aborted_) + ",\"open\":" + std::to_string(open) + "}");
     return response(404, R"({"error":{"message":"no such path","type":"NotFoundError","param":null,"code":404}})");
+  }
+
+  const Answers& answers_of(int chunks) {
+    const auto [at, fresh] = made_.try_emplace(chunks);
+    if (fresh) at->second = {make_answer(true, chunks), make_answer(false, chunks)};
+    return at->second;
   }
 
   bool generate(Connection& connection, const Answer& answer) {
@@ -408,8 +424,9 @@ class Server {
   const int listener_;
   const wire::Alarm alarm_;
   std::int64_t pace_ns_;
-  const Answer chat_;
-  const Answer completion_;
+  const int chunks_;
+  std::map<int, Answers> made_;  // by content deltas; streams hold on to theirs
+  const Answers* answers_;
   const std::vector<std::string> vectors_[2];  // as numbers, as base64
   std::vector<std::unique_ptr<Connection>> open_;
   std::priority_queue<Due, std::vector<Due>, std::greater<>> due_;

@@ -13,13 +13,14 @@ void register_predict(py::module_& m);
 void register_plane(py::module_& m);
 void register_loop(py::module_& m);
 void register_recorder(py::module_& m);
+void register_relay(py::module_& m);
 void register_stepper(py::module_& m);
 }  // namespace sage
 
 PYBIND11_MODULE(_native, m) {
   m.doc() =
       "Native operators of SAGE: the control plane with its mechanism and scorers, the simulated engine, the event "
-      "loop.";
+      "loop, the relay of streamed answers.";
   m.attr("build") = SAGE_NATIVE_BUILD;
   register_mechanism(m);
   register_policies(m);
@@ -30,5 +31,6 @@ PYBIND11_MODULE(_native, m) {
   sage::register_plane(m);
   sage::register_loop(m);
   sage::register_recorder(m);
+  sage::register_relay(m);
   sage::register_stepper(m);
 }

@@ -94,6 +94,8 @@ class HttpAnswer:
     def begin(self, content_type: bytes) -> None:
         self._request.start(200, content_type, (*self.headers, (b"cache-control", b"no-cache")))
         self.piece = self._request.write  # once a token: without a frame of ours
+        if self._call is not None:
+            self._call.relay = self._request.relay
 
     def finish(self, data: bytes) -> None:
         self._call = None

@@ -260,6 +260,7 @@ class ClientConnection(asyncio.Protocol):
     """One connection to the endpoint, with at most one exchange on it."""
 
     __slots__ = (
+        "_begins",
         "_complete",
         "_exchange",
         "_head",
@@ -289,6 +290,7 @@ class ClientConnection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._status = 0  # of the head that the sink has not been told of yet; 0: none
         self._head = self._headers
+        self._begins = False  # the next byte of the body is the first of its first chunk
         self._keep_alive = False
         self._until_close = False  # the end of the connection is the end of the body
         self._complete = False
@@ -354,6 +356,9 @@ class ClientConnection(asyncio.Protocol):
         if exchange is None or parser is None:
             self.cut()  # nothing was asked
             return
+        relay = exchange.relay
+        if relay is not None and relay.pass_on(data):
+            return
         exchange.received = True
         malformed = ""
         try:
@@ -363,12 +368,16 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             malformed = str(error)
         sink = exchange.sink
+        start = 0  # of the body in this read
         if self._status:
             status, self._status = self._status, 0
             sink.on_head(status, self._head)
             if self._exchange is not exchange:
                 return
+            start = data.find(b"\r\n\r\n") + 4
+            self._begins = b"transfer-encoding" in self._head
         pieces = self._pieces
+        begins, self._begins = self._begins, self._begins and len(data) == start
         if pieces:
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.clear()
@@ -376,6 +385,11 @@ class ClientConnection(asyncio.Protocol):
             sink.on_body(body)
             if self._exchange is not exchange:
                 return
+            if exchange.relay is not relay and exchange.relay is not None:
+                if begins:
+                    exchange.relay.follow(data, start)
+                else:
+                    exchange.relay = None  # it would not know where the chunks begin
         if self._complete:
             self._complete = False
             self._exchange = None

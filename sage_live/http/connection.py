@@ -402,8 +402,9 @@ class ServerConnection(asyncio.Protocol):
         """Whatever has lasted too long ends. ``tick`` counts seconds."""
         limits = self._server.limits
         unsent = self.transport.get_write_buffer_size()
-        if self.written - unsent != self._delivered or not unsent:
-            self._delivered = self.written - unsent
+        delivered = self.written - unsent + (0 if self._current is None else self._current.relayed)
+        if delivered != self._delivered or not unsent:
+            self._delivered = delivered
             self._stalled_since = tick
         elif tick - self._stalled_since > limits.stalled_s:
             self.abort()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from sage_core.errors import SageError
 
 if TYPE_CHECKING:
+    from sage_core._native import StreamRelay
     from sage_live.http.client import ClientConnection
 
 
@@ -61,7 +62,7 @@ class Sink(Protocol):
 class Exchange:
     """A request that was sent or waits for a connection, and its answer."""
 
-    __slots__ = ("_connection", "_paused", "data", "last", "over", "received", "sent", "since", "sink")
+    __slots__ = ("_connection", "_paused", "data", "last", "over", "received", "relay", "sent", "since", "sink")
 
     def __init__(self, data: bytes, sink: Sink) -> None:
         self._connection: ClientConnection | None = None
@@ -77,6 +78,9 @@ class Exchange:
         """Tick of the pool at which it was sent."""
         self.last = False
         """Within ``on_body``: whether that is the last piece, so that it can be passed on together with the end."""
+        self.relay: StreamRelay | None = None
+        """Set by the sink within the first ``on_body`` of a chunked answer: what reads are offered to before they are
+        taken apart. The sink is not told of those that it passes on."""
         self.over = False
 
     def abort(self) -> None:

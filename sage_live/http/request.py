@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sage_core._native import StreamRelay
 from sage_live.http.wire import Headers, header_lines
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Request:
         "_chunked",
         "_connection",
         "_head",
+        "_relay",
         "_state",
         "body",
         "headers",
@@ -76,6 +78,7 @@ class Request:
         self._state = _OPEN
         self._chunked = False
         self._head = b""  # of a stream, not yet written
+        self._relay: StreamRelay | None = None
 
     @property
     def answered(self) -> bool:
@@ -86,6 +89,11 @@ class Request:
     def started(self) -> bool:
         """Whether any of the answer has been given."""
         return self._state != _OPEN
+
+    @property
+    def relayed(self) -> int:
+        """Bytes that went past the connection so far."""
+        return 0 if self._relay is None else self._relay.bytes
 
     def respond(
         self, status: int, body: bytes, content_type: bytes = b"application/json", headers: Headers = ()
@@ -145,12 +153,19 @@ class Request:
         connection.written += len(data)
         connection.transport.write(data)
 
+    def relay(self) -> StreamRelay | None:
+        """What writes chunks of a started answer as an engine framed them, until the answer ends or the client goes; None
+        where this client does not get chunks."""
+        if self._state == _STREAMING and self._chunked and self.method != "HEAD" and not self._head:
+            self._relay = StreamRelay(self._connection.transport.write)
+        return self._relay
+
     def end(self, data: bytes = b"") -> None:
         """The answer is complete, with ``data`` as its last piece: one system call for both."""
         if self._state != _STREAMING:
             self._not_streaming()
             return
-        self._state = _ANSWERED
+        self._leave(_ANSWERED)
         last = self._head
         if self.method != "HEAD":
             if not self._chunked:
@@ -166,7 +181,7 @@ class Request:
     def abort(self) -> None:
         """Cut the connection, so that the client cannot take what it got for a complete answer."""
         if self._state < _ANSWERED:
-            self._state = _ANSWERED
+            self._leave(_ANSWERED)
             self._connection.abort()
 
     # --- for the connection ---------------------------------------------------------------------------------------
@@ -180,9 +195,16 @@ class Request:
     def gone(self) -> None:
         """The client went away."""
         if self._state < _ANSWERED:
-            self._state = _GONE
+            self._leave(_GONE)
             if self.on_disconnect is not None:
                 self.on_disconnect()
+
+    def _leave(self, state: int) -> None:
+        self._state = state
+        if self._relay is not None:
+            self._relay.stop()
+            self._connection.written += self._relay.bytes
+            self._relay = None
 
     def _not_open(self) -> None:
         if self._state != _GONE:

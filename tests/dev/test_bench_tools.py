@@ -212,6 +212,17 @@ def test_the_script_measures_a_peer_and_refuses_one_that_fails(loopback: dict[st
     assert "direct_chat_c16_cpu_us" not in figures
 
 
+def test_the_floor_is_measured_and_long_streams_are_whole(tmp_path: Path) -> None:
+    out = tmp_path / "gateway.json"
+    script = str(ROOT / "benchmarks" / "gateway.py")
+    options = ["--quick", "--systems", "bare_relay", "--cells", "chat_c16,paced_long,stream_c16", "--out", str(out)]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    assert figures["bare_relay_paced_long_chunk_cpu_us"] > 0 and figures["bare_relay_chat_c16_cpu_us"] > 0
+    assert not figures["refused"]
+
+
 def test_the_script_names_what_it_does_not_know(tmp_path: Path) -> None:
     for option in ("--systems", "--cells"):
         command = [sys.executable, str(ROOT / "benchmarks" / "gateway.py"), option, "chat_c17"]

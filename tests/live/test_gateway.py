@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,6 +46,7 @@ from gateway_harness import (
 )
 
 from sage_core import events as e
+from sage_core._native import StreamRelay
 from sage_core.commands import Dispatch, Respond
 from sage_core.replay import replay
 from sage_core.slo import Slo, SloTable
@@ -129,6 +131,36 @@ def test_a_stream_whose_lines_end_the_other_way_is_passed_on_event_by_event() ->
             assert rest == sse(token("b")) + DONE
             client.close()
 
+    run(main())
+
+
+def test_tokens_are_relayed_to_clients_that_take_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    relays: list[StreamRelay] = []
+    requests: list[Any] = []
+
+    def made(write: Any) -> StreamRelay:
+        relays.append(StreamRelay(write))
+        return relays[-1]
+
+    async def main() -> None:
+        async with scripted(requests.append) as engine, serving([llm_spec(engine.port)]) as served:
+            client = await Client.open(served.port)
+            client.send(CHAT, chat(stream=True))
+            await until(lambda: requests)
+            requests[0].start(200)
+            for text in "abc":
+                requests[0].write(sse(token(text)))
+                if text == "a":
+                    assert (await client.head())[0] == 200
+                assert await client.chunk() == sse(token(text))
+            assert [relay.events for relay in relays] == [2]
+            requests[0].end(DONE)
+            assert await client.chunk() == DONE and not await client.chunk()
+            client.close()
+            (finished,) = served.heard(e.TaskFinished)
+            assert finished.output_tokens == 2  # nobody told the usage: four events, less the role's and the last
+
+    monkeypatch.setattr("sage_live.http.request.StreamRelay", made)
     run(main())
 
 
