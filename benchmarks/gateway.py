@@ -10,7 +10,7 @@ included.
 Systems take turns cell by cell, so that they meet the same disturbances; each figure is the median of the rounds. A cell
 with one failed request has no figure, and the exit status is 1. These machines are noisy: compare figures of one run.
 
-``bare_relay`` passes bytes from socket to socket and looks at none: what the kernel takes. ``vllm_router`` is the PyPI
+``bare_relay`` passes bytes from socket to socket and looks at none. ``vllm_router`` is the PyPI
 package, installed into ``.sage/bench``. ``--peer NAME COMMAND`` adds another router; the
 command says {port} where it is to listen and {backend} where the engine's port goes.
 """
@@ -111,7 +111,7 @@ Sample = dict[str, float]  # what one system did in one cell of one round
 CELLS = (
     *(Cell(f"{kind}_c{c}", kind, ("--connections", str(c))) for kind in KINDS for c in CONCURRENCY),
     Cell("paced", "stream", ("--rate", str(PACED_RATE))),
-    Cell("paced_long", "stream", ("--rate", str(PACED_RATE * EVENTS / EVENTS_LONG)), EVENTS_LONG, 3),
+    Cell("paced_long", "stream", ("--rate", str(PACED_RATE * EVENTS / EVENTS_LONG)), EVENTS_LONG, 6),
 )
 
 

@@ -268,16 +268,16 @@ class Stepper:
 class StreamRelay:
     """Passes reads of an engine's streamed answer on to its client without taking them apart.
 
-    A call with what one read of the engine's socket brought writes it as it is and returns true, where it is whole chunks
-    of whole server-sent events of which nobody on the way has to know more than their number. Else it returns false, and
-    the caller does what it does without a relay; the relay follows the framing, so that it can go on with a later read.
-    Reads with usage, an error, ``[DONE]`` or a carriage return in them are not; after the last chunk, or framing other than
-    plain sizes, none is.
+    :meth:`pass_on` writes what one read of the engine's socket brought as it is and returns true, where that is whole
+    chunks of whole server-sent events of which nobody on the way has to know more than their number. Else it returns
+    false, and the caller does what it does without a relay; the relay follows the framing, so that it can go on with a later read.
+    Reads with usage (other than null), an error, ``[DONE]`` or a carriage return in them are not passed on; after the last
+    chunk, or framing other than plain sizes, none is.
 
-    write: of the client's transport.
+    write: of the client's transport. clock: integer nanoseconds.
     """
 
-    def __init__(self, write: Callable[[bytes], object]) -> None: ...
+    def __init__(self, write: Callable[[bytes], object], clock: Callable[[], int]) -> None: ...
     def pass_on(self, data: bytes) -> bool: ...
     def follow(self, data: bytes, start: int) -> None: ...  # of the body, in a read that went another way
     def stop(self) -> None: ...  # from now on a call returns false
@@ -285,6 +285,8 @@ class StreamRelay:
     def events(self) -> int: ...  # passed on
     @property
     def bytes(self) -> int: ...  # passed on, framing included
+    @property
+    def heard_ns(self) -> int: ...  # of the clock, when it last passed on anything; -1: not yet
 
 class Predict:
     """A native predictor; see sage_core.policy.Predict."""

@@ -7,6 +7,7 @@ LLM task is a request of its own, because the engine batches those itself, itera
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class HttpEngine:
         self.flights: dict[int, _Flight] = {}
         self.served = 0
         self.heard_ns = 0
-        """When it last said anything about work; of relayed streams, when :meth:`hear` last found so."""
+        """When it last said anything about work; of streams that are relayed, by the last :meth:`hear`."""
         self.idle_ns = 0
         """Since when it has nothing to do, where that is so."""
         self.pace = Pace()
@@ -163,6 +164,7 @@ class HttpEngine:
             flight = self.flights.pop(command.task, None)
             self._forget_unread(command.task)
             if flight is not None:
+                self._hear(flight)
                 flight.forget(command.task)
                 self._check_idle()
 
@@ -194,11 +196,14 @@ class HttpEngine:
         )
 
     def hear(self) -> None:
-        """Look whether streams went on that are relayed: what they say is not seen here as it comes."""
+        """What streams say that are relayed is not seen here as it comes: look when the last of it was."""
         for flight in self.flights.values():
-            if isinstance(flight, _Stream) and flight.relayed != flight.heard:
-                flight.heard = flight.relayed
-                self.heard_ns = self.now()
+            self._hear(flight)
+
+    def _hear(self, flight: _Flight) -> None:
+        if flight.relay is not None and flight.relay.heard_ns >= 0:
+            heard = Nanos(flight.relay.heard_ns + self.now() - time.monotonic_ns())
+            self.heard_ns = max(self.heard_ns, heard)
 
     def drop(self) -> None:
         """Cut every exchange and say nothing of it: the replica has left."""
@@ -387,7 +392,7 @@ class HttpEngine:
 class _Flight(ABC):
     """An exchange with the engine; the sink of its answer."""
 
-    __slots__ = ("content_type", "engine", "exchange", "paused", "pieces", "since", "status")
+    __slots__ = ("content_type", "engine", "exchange", "paused", "pieces", "relay", "since", "status")
 
     def __init__(self, engine: HttpEngine) -> None:
         self.engine = engine
@@ -398,6 +403,8 @@ class _Flight(ABC):
         self.paused = False
         """Whether the engine waits for us, because our client reads too slowly."""
         self.since = Nanos(0)
+        self.relay: StreamRelay | None = None
+        """Of a stream: what passes on tokens past this."""
 
     @property
     def body(self) -> bytes:
@@ -465,7 +472,7 @@ class _Stream(_Whole):
     After the first piece a relay may take over those that hold tokens only: they do not come by here.
     """
 
-    __slots__ = ("broken", "events", "final", "heard", "relay", "rest", "slowed", "streams")
+    __slots__ = ("broken", "events", "final", "rest", "slowed", "streams")
 
     def __init__(self, engine: HttpEngine, task: int, call: Call) -> None:
         super().__init__(engine, task, call)
@@ -475,13 +482,6 @@ class _Stream(_Whole):
         self.events = 0
         self.final = b""  # what came last
         self.rest = b""
-        self.relay: StreamRelay | None = None
-        self.heard = 0  # events of the relay, at the last look
-
-    @property
-    def relayed(self) -> int:
-        """Events that went to the client past this."""
-        return 0 if self.relay is None else self.relay.events
 
     def pause(self) -> None:
         if self.exchange is not None:
@@ -572,7 +572,8 @@ class _Stream(_Whole):
             return
         if not call.output_tokens:
             # No usage: an event a token, but the role's and [DONE].
-            call.output_tokens = max(1, self.events + self.relayed - 2)
+            events = self.events + (0 if self.relay is None else self.relay.events)
+            call.output_tokens = max(1, events - 2)
         if not self.slowed:
             engine.pace.saw(engine.heard_ns, engine.heard_ns - self.since, call.input_tokens, call.output_tokens)
         engine.post(e.TaskFinished(self.task, call.output_tokens))

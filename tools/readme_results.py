@@ -150,7 +150,7 @@ def gateway(of: dict[str, Any]) -> list[str]:
         if mine is not None
     )
     floor = of.get("bare_relay_paced_long_chunk_cpu_us")
-    kernel = "" if floor is None else f" (from socket to socket, unread, a chunk takes {floor:.0f})"
+    kernel = "" if floor is None else f" (a bare relay from socket to socket: {floor:.0f})"
     return [
         f"Gateway (`make bench-gateway`, load average {of['load_average']:.1f}; a fast fake engine, the whole control plane in "
         f"the path): CPU-microseconds a request, `vllm-router` in the same run in brackets: {told}{kernel}. An arriving request "

@@ -1,6 +1,6 @@
-// The least that a router on this machine can cost: bytes from one socket to another, with nothing looked at. One
-// thread, epoll, one read and one write for whatever is ready. What a router takes beyond this is its own; what this
-// takes is the kernel's.
+// A router that looks at nothing: bytes from one socket to another. One thread, epoll, one read and one write for
+// whatever is ready. Nearly all that it takes is the kernel's; a slower router may find more ready at a time, and so
+// have less of that.
 //
 //   bare_relay --port PORT --backend PORT
 //

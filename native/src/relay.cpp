@@ -44,6 +44,23 @@ std::optional<SizeLine> size_line(std::string_view bytes) {
   return line;
 }
 
+// Whether somebody on the way has to see these events: they are not only tokens, or their lines end the other way.
+bool matters(std::string_view events) {
+  const auto holds = [&](std::string_view text) { return events.find(text) != std::string_view::npos; };
+  if (holds("\r") || holds("[DONE]") || holds("data: {\"error\"")) return true;
+  constexpr std::string_view kUsage = "\"usage\"";
+  for (auto at = events.find(kUsage); at != std::string_view::npos; at = events.find(kUsage, at + 1)) {
+    auto value = events.substr(at + kUsage.size());  // null in every event but the last, where an engine says it at all
+    const auto skip_blanks = [&] { value.remove_prefix(std::min(value.find_first_not_of(' '), value.size())); };
+    skip_blanks();
+    if (!value.starts_with(':')) return true;
+    value.remove_prefix(1);
+    skip_blanks();
+    if (!value.starts_with("null")) return true;
+  }
+  return false;
+}
+
 // Where in the framing of a chunked body its bytes so far have ended.
 class Framing {
  public:
@@ -121,7 +138,7 @@ class Framing {
 
 class StreamRelay {
  public:
-  explicit StreamRelay(py::object write) : write_(std::move(write)) {}
+  StreamRelay(py::object write, py::object clock) : write_(std::move(write)), clock_(std::move(clock)) {}
 
   bool pass_on(const py::bytes& data) {
     if (framing_.lost()) return false;
@@ -131,10 +148,11 @@ class StreamRelay {
       framing_.follow(bytes);
       return false;
     }
-    events_ += events;
-    bytes_ += std::ssize(bytes);
+    heard_ns_ = clock_().cast<std::int64_t>();
     const py::object write = write_;  // a client that goes away within may stop this
     write(data);
+    events_ += events;
+    bytes_ += std::ssize(bytes);
     return true;
   }
   void follow(const py::bytes& data, std::size_t from) {
@@ -147,9 +165,10 @@ class StreamRelay {
   }
   std::int64_t events() const { return events_; }
   std::int64_t bytes() const { return bytes_; }
+  std::int64_t heard_ns() const { return heard_ns_; }
 
  private:
-  // How many, if the bytes are whole chunks of whole events that nobody on the way wants to see; else 0.
+  // How many, if the bytes are whole chunks of whole events that do not matter to anybody on the way; else 0.
   std::int64_t whole_events(std::string_view bytes) {
     std::int64_t events = 0;
     while (!bytes.empty()) {
@@ -159,8 +178,7 @@ class StreamRelay {
       const auto content = bytes.substr(line->length, line->size);
       if (!content.ends_with(kEventEnd) || bytes.substr(line->length + line->size, kLineEnd.size()) != kLineEnd)
         return 0;
-      const auto holds = [&](std::string_view text) { return content.find(text) != std::string_view::npos; };
-      if (holds("\r") || holds("\"usage\"") || holds("[DONE]") || holds("data: {\"error\"")) return 0;
+      if (matters(content)) return 0;
       for (auto at = content.find(kEventEnd); at != std::string_view::npos; at = content.find(kEventEnd, at + 2))
         ++events;
       bytes.remove_prefix(line->length + line->size + kLineEnd.size());
@@ -168,10 +186,11 @@ class StreamRelay {
     return events;
   }
 
-  py::object write_;
+  py::object write_, clock_;
   Framing framing_;
   std::int64_t events_ = 0;
   std::int64_t bytes_ = 0;
+  std::int64_t heard_ns_ = -1;
 };
 
 }  // namespace
@@ -179,12 +198,13 @@ class StreamRelay {
 void register_relay(py::module_& m) {
   py::class_<StreamRelay>(m, "StreamRelay",
                           "Passes reads of an engine's streamed answer on to its client without taking them apart.")
-      .def(py::init<py::object>(), py::arg("write"))
+      .def(py::init<py::object, py::object>(), py::arg("write"), py::arg("clock"))
       .def("pass_on", &StreamRelay::pass_on, py::arg("data"))
       .def("follow", &StreamRelay::follow, py::arg("data"), py::arg("start"))
       .def("stop", &StreamRelay::stop)
       .def_property_readonly("events", &StreamRelay::events)
-      .def_property_readonly("bytes", &StreamRelay::bytes);
+      .def_property_readonly("bytes", &StreamRelay::bytes)
+      .def_property_readonly("heard_ns", &StreamRelay::heard_ns);
 }
 
 }  // namespace sage

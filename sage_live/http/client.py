@@ -374,8 +374,9 @@ class ClientConnection(asyncio.Protocol):
             sink.on_head(status, self._head)
             if self._exchange is not exchange:
                 return
-            start = data.find(b"\r\n\r\n") + 4
-            self._begins = b"transfer-encoding" in self._head
+            if data.startswith(b"HTTP/1.1 200 ") and b"transfer-encoding" in self._head:  # the head is all in this read
+                start = data.index(b"\r\n\r\n") + 4
+                self._begins = True
         pieces = self._pieces
         begins, self._begins = self._begins, self._begins and len(data) == start
         if pieces:

@@ -97,7 +97,7 @@ class ServerConnection(asyncio.Protocol):
         self._read_paused = False
         # What is being sent.
         self._write_paused = False
-        self.written = 0  # bytes
+        self.written = 0  # bytes, but those that a relay writes for the request in progress
         self._delivered = 0  # of these, at the last sweep, those that the kernel had taken
         self._stalled_since = 0
         self._lingers = False

@@ -79,8 +79,8 @@ class Exchange:
         self.last = False
         """Within ``on_body``: whether that is the last piece, so that it can be passed on together with the end."""
         self.relay: StreamRelay | None = None
-        """Set by the sink within the first ``on_body`` of a chunked answer: what reads are offered to before they are
-        taken apart. The sink is not told of those that it passes on."""
+        """What reads are offered to before they are taken apart; the sink is not told of those that it passes on. A sink sets
+        it within ``on_body``; it stays if that was for the first read of a chunked body, where its framing begins."""
         self.over = False
 
     def abort(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,7 @@ class Request:
 
     @property
     def relayed(self) -> int:
-        """Bytes that went past the connection so far."""
+        """Bytes of a stream in progress that its relay has written: they are not yet counted by the connection."""
         return 0 if self._relay is None else self._relay.bytes
 
     def respond(
@@ -157,7 +158,7 @@ class Request:
         """What writes chunks of a started answer as an engine framed them, until the answer ends or the client goes; None
         where this client does not get chunks."""
         if self._state == _STREAMING and self._chunked and self.method != "HEAD" and not self._head:
-            self._relay = StreamRelay(self._connection.transport.write)
+            self._relay = StreamRelay(self._connection.transport.write, time.monotonic_ns)
         return self._relay
 
     def end(self, data: bytes = b"") -> None:

@@ -138,8 +138,8 @@ def test_tokens_are_relayed_to_clients_that_take_chunks(monkeypatch: pytest.Monk
     relays: list[StreamRelay] = []
     requests: list[Any] = []
 
-    def made(write: Any) -> StreamRelay:
-        relays.append(StreamRelay(write))
+    def made(*arguments: Any) -> StreamRelay:
+        relays.append(StreamRelay(*arguments))
         return relays[-1]
 
     async def main() -> None:

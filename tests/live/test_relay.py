@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from sage_core import events as e
 from sage_core._native import StreamRelay
+from sage_core.commands import Cancel
 from sage_core.events import AnyEvent
 from sage_core.units import Nanos, RequestKind
 from sage_live.call import Call
@@ -27,6 +29,7 @@ from sage_live.http_engine import EngineSpec, HttpEngine, _Stream
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":" word"}}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}\n\n'
+NO_USAGE = TOKEN.replace(b"]}\n", b'],"usage" : null}\n')
 DONE = b"data: [DONE]\n\n"
 END = b"0\r\n\r\n"
 
@@ -38,8 +41,9 @@ def chunk(data: bytes) -> bytes:
 class Wire(asyncio.Transport):
     """Takes what is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: object = None) -> None:
         super().__init__()
+        self.protocol = protocol  # as a loop's transport does: what its write belongs to holds its reader
         self.writes: list[bytes] = []
         self.cut = False
 
@@ -59,7 +63,8 @@ class Client:
     """What a request needs of its connection."""
 
     def __init__(self) -> None:
-        self.transport = Wire()
+        self.transport = Wire(self)
+        self.current: Request | None = None
         self.written = 0
 
     def answer_head(self, status: int, content_type: bytes, request: Request) -> bytes:
@@ -71,7 +76,8 @@ class Client:
         self.written += len(data)
         self.transport.write(data)
 
-    def answered(self, request: Request) -> None: ...
+    def answered(self, request: Request) -> None:
+        self.current = None
 
     def abort(self) -> None:
         self.transport.abort()
@@ -92,6 +98,7 @@ class Ask:
         self.request = Request(
             self.client, self.method, "/", "", {}, b"", "", True, self.http10,  # type: ignore[arg-type]
         )  # fmt: skip
+        self.client.current = self.request
         self.call = Call(self, RequestKind.LLM_CHAT, "m", "/", b"{}", stream=True, usage_asked=self.usage_asked)
         self.engine = HttpEngine(EngineSpec("http://127.0.0.1:9", "m"), {}, 0)
         self.engine.start(self.posted.append, lambda: Nanos(5))
@@ -168,18 +175,11 @@ def both(reads: list[bytes], **options: Any) -> tuple[Ask, Ask]:
     return with_relay, without
 
 
+HALF = b": half\r\n" + TOKEN
+ERROR = b'data: {"error":{"message":"no"}}\n\n'
+QUOTING = TOKEN.replace(b" word", b'say \\"usage\\" [DONE]')
 EVENTS = st.sampled_from(
-    [
-        TOKEN,
-        USAGE,
-        DONE,
-        b": ping\n\n",
-        TOKEN.replace(b"\n", b"\r\n"),
-        b": half\r\n" + TOKEN,
-        b'data: {"error":{"message":"no"}}\n\n',
-        b'data: {"choices":[{"delta":{"content":"say \\"usage\\" [DONE]"}}]}\n\n',
-        b"\n\n\n",
-    ]
+    [TOKEN, NO_USAGE, USAGE, DONE, b": ping\n\n", TOKEN.replace(b"\n", b"\r\n"), HALF, ERROR, QUOTING, b"\n\n\n"]
 )
 CUTS = st.lists(st.floats(0, 1), max_size=8)
 
@@ -221,6 +221,21 @@ def test_whatever_comes_however_it_is_cut(
     both(reads, usage_asked=usage_asked)
 
 
+@pytest.mark.parametrize("special", [USAGE, USAGE.replace(b":", b" : "), HALF, ERROR, QUOTING, DONE])
+def test_what_matters_to_somebody_takes_the_long_way(special: bytes) -> None:
+    both([HEAD + chunk(TOKEN), chunk(special), chunk(TOKEN), chunk(DONE) + END], usage_asked=False)
+
+
+@pytest.mark.parametrize("at", [10, -2, -1])
+def test_half_an_event_waits_for_the_other(at: int) -> None:
+    halves = [chunk(TOKEN[:at]), chunk(TOKEN[at:])]
+    assert both([HEAD + chunk(TOKEN), *halves, chunk(TOKEN), chunk(DONE) + END])[0].relayed == 1
+
+
+def test_tokens_that_say_there_is_no_usage_yet_are_relayed() -> None:
+    assert both([HEAD + chunk(NO_USAGE), chunk(NO_USAGE), chunk(USAGE), chunk(DONE) + END])[0].relayed == 1
+
+
 def test_tokens_are_relayed() -> None:
     one, _ = both([HEAD + chunk(TOKEN), chunk(TOKEN), chunk(TOKEN) + chunk(TOKEN), chunk(USAGE), chunk(DONE) + END])
     assert one.relayed == 3
@@ -255,14 +270,13 @@ def test_a_client_that_gets_no_chunks_has_no_relay(options: dict[str, Any]) -> N
     assert both([HEAD + chunk(TOKEN), chunk(TOKEN), chunk(DONE) + END], **options)[0].stream.relay is None
 
 
-def test_a_client_that_goes_stops_it_and_nothing_is_held() -> None:
+@pytest.mark.parametrize("leave", ["gone", "end", "abort"])
+def test_whoever_leaves_stops_it_and_nothing_is_held(leave: str) -> None:
     async def main() -> weakref.ref[Any]:
         ask = await Ask(True).hear([HEAD + chunk(TOKEN), chunk(TOKEN)], ends=False)
-        written = len(ask.client.transport.writes)
         assert ask.relayed == 1
-        ask.request.gone()
-        ask.connection.data_received(chunk(TOKEN))
-        assert len(ask.client.transport.writes) == written and ask.relayed == 1
+        getattr(ask.request, leave)()
+        assert ask.stream.relay is not None and not ask.stream.relay.pass_on(chunk(TOKEN))
         ask.connection.connection_lost(None)
         await ask.engine.pool.close()
         return weakref.ref(ask.client)
@@ -272,17 +286,26 @@ def test_a_client_that_goes_stops_it_and_nothing_is_held() -> None:
     assert gone() is None
 
 
-def test_a_stream_that_is_relayed_is_heard_of_at_the_next_look() -> None:
+def test_a_stream_that_is_relayed_is_heard_of_when_somebody_looks() -> None:
     async def main() -> None:
-        ask = await Ask(True).hear([HEAD + chunk(TOKEN)], ends=False)
-        engine, heard = ask.engine, list[int]()
-        for reads in ([], [chunk(TOKEN)], [], [chunk(USAGE)], [chunk(TOKEN)]):
-            engine.heard_ns = 0
+        ask = Ask(True)
+        zero = time.monotonic_ns()
+        ask.engine.start(ask.posted.append, lambda: Nanos(time.monotonic_ns() - zero))
+        await ask.hear([HEAD + chunk(TOKEN)], ends=False)
+        engine, news = ask.engine, list[bool]()
+        for reads in ([], [chunk(TOKEN)], [], [chunk(TOKEN)]):
+            before = engine.now()
             await ask.hear(reads, ends=False)
+            assert engine.heard_ns < before
             engine.hear()
-            heard.append(engine.heard_ns)
-        assert heard == [0, 5, 0, 5, 5] and ask.relayed == 2
-        await ask.hear([])
+            news.append(before <= engine.heard_ns <= engine.now())
+        assert news == [False, True, False, True]
+        before = engine.now()
+        await ask.hear([chunk(TOKEN)], ends=False)
+        engine.carry_out(Cancel(0, 1))
+        assert engine.heard_ns >= before, "the last words of one that was cancelled"
+        ask.connection.connection_lost(None)
+        await engine.pool.close()
 
     asyncio.run(main())
 
@@ -292,4 +315,4 @@ def test_what_the_client_says_to_a_write_is_told() -> None:
         raise RuntimeError("closed")
 
     with pytest.raises(RuntimeError, match="closed"):
-        StreamRelay(refuse).pass_on(chunk(TOKEN))
+        StreamRelay(refuse, time.monotonic_ns).pass_on(chunk(TOKEN))
