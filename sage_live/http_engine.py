@@ -11,10 +11,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from sage_core import events as e
-from sage_core._native import StreamRelay
 from sage_core.commands import Cancel, Dispatch, Task
 from sage_core.errors import ConfigError
 from sage_core.units import Nanos, PoolKind, request_of
@@ -27,6 +26,9 @@ from sage_live.http.client import Exchange, Pool, UpstreamError
 from sage_live.http.wire import Headers
 from sage_live.pace import Pace
 from sage_live.wire import COUNT_MAX, done_usage, number_after, with_field, without_usage
+
+if TYPE_CHECKING:
+    from sage_core._native import StreamRelay
 
 JSON: Final[tuple[tuple[bytes, bytes], ...]] = ((b"content-type", b"application/json"),)
 

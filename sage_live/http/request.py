@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sage_core._native import StreamRelay
 from sage_live.http.wire import Headers, header_lines
 
 if TYPE_CHECKING:
+    from sage_core._native import StreamRelay
     from sage_live.http.connection import ServerConnection
 
 _OPEN, _STREAMING, _ANSWERED, _GONE = range(4)
@@ -158,6 +158,8 @@ class Request:
         """What writes chunks of a started answer as an engine framed them, until the answer ends or the client goes; None
         where this client does not get chunks."""
         if self._state == _STREAMING and self._chunked and self.method != "HEAD" and not self._head:
+            from sage_core._native import StreamRelay  # servers beside an engine of its own run without the native part
+
             self._relay = StreamRelay(self._connection.transport.write, time.monotonic_ns)
         return self._relay
 

@@ -27,7 +27,7 @@ from sage_live.loadgen.options import Options
 from sage_live.loadgen.schema import FIELDS, gap_counts
 from sage_live.loadgen.worker import JOB, rows_file
 
-LEAD_NS = 200 * MILLISECOND
+LEAD_NS = 50 * MILLISECOND
 """From the moment when all are ready to the start. A process that is held up for longer is late, and its send lag says so."""
 
 

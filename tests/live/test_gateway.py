@@ -160,7 +160,7 @@ def test_tokens_are_relayed_to_clients_that_take_chunks(monkeypatch: pytest.Monk
             (finished,) = served.heard(e.TaskFinished)
             assert finished.output_tokens == 2  # nobody told the usage: four events, less the role's and the last
 
-    monkeypatch.setattr("sage_live.http.request.StreamRelay", made)
+    monkeypatch.setattr("sage_core._native.StreamRelay", made)
     run(main())
 
 
