@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -64,6 +66,13 @@ async def serving(
 
 def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 30))
+
+
+def test_it_serves_where_the_native_part_is_not_installed() -> None:
+    """As in the environment of the engines, where the model's libraries are."""
+    without = "import sys; sys.modules['sage_core._native'] = None; import sage_bench.cli.embed"
+    done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 async def opened(port: int, path: str, body: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
