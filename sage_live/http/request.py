@@ -158,7 +158,8 @@ class Request:
         """What writes chunks of a started answer as an engine framed them, until the answer ends or the client goes; None
         where this client does not get chunks."""
         if self._state == _STREAMING and self._chunked and self.method != "HEAD" and not self._head:
-            from sage_core._native import StreamRelay  # servers beside an engine of its own run without the native part
+            # Not above: the embedding server runs in the environment of the engines, without the native part.
+            from sage_core._native import StreamRelay
 
             self._relay = StreamRelay(self._connection.transport.write, time.monotonic_ns)
         return self._relay
